@@ -1,0 +1,1 @@
+"""coma-ds: compress an image into a few tokens, then match with them."""

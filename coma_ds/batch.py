@@ -1,0 +1,194 @@
+"""The packed batch, and its padded views.
+
+Shapes: B samples, T tokens of all samples, L columns of the padded view, K compression tokens a
+sample, I images, P patches, C values of a patch, F image tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Sequence
+
+import torch
+
+IGNORE = -100
+CONTEXT, TOKENS, DIALOGUE, PADDING = 0, 1, 2, 3
+
+Alignment = Literal["segments", "left", "right"]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images in Qwen's packed layout: ``pixels_PC`` float32, ``grid_I3`` int64 (t, h, w patches).
+
+    ``merge`` patches become one image token (4 for a 2 x 2 merge).
+    """
+
+    pixels_PC: torch.Tensor
+    grid_I3: torch.Tensor
+    merge: int
+
+    def __len__(self) -> int:
+        return len(self.grid_I3)
+
+    @property
+    def tokens_I(self) -> torch.Tensor:
+        """Image tokens of each image, int64 [I]."""
+        return self.grid_I3.prod(-1) // self.merge
+
+    def select(self, images: torch.Tensor) -> ImageBatch:
+        """The images at the given indices (int64), in that order."""
+        rows = ranges(self.grid_I3.prod(-1).cpu(), images)
+        return replace(
+            self,
+            pixels_PC=self.pixels_PC[rows.to(self.pixels_PC.device)],
+            grid_I3=self.grid_I3[images.to(self.grid_I3.device)],
+        )
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """A copy on ``device``; the grid stays where it is, the host reads it."""
+        return replace(self, pixels_PC=self.pixels_PC.to(device, non_blocking=True))
+
+
+def ranges(lengths: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
+    """Positions covered by the spans ``picks`` of consecutive spans with ``lengths``, int64 [sum]."""
+    starts = lengths.cumsum(0) - lengths
+    count = lengths[picks]
+    ends = count.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    return (starts[picks] - (ends - count)).repeat_interleave(count) + torch.arange(total)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A padded view: every packed position stands at ``cell_T`` of the flattened [B, L]."""
+
+    input_ids_BL: torch.Tensor
+    position_ids_3BL: torch.Tensor
+    segment_BL: torch.Tensor
+    cell_T: torch.Tensor
+    lengths_B3: torch.Tensor
+    alignment: Alignment
+    boundary: int  # columns before the first dialogue column; meaningful for "segments"
+
+    def cells(self, rows: torch.Tensor) -> torch.Tensor:
+        """Flat indices into [B * L] of the packed positions ``rows``."""
+        return self.cell_T[rows]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples one after the other, each [context | compression tokens | dialogue].
+
+    ``input_ids_T`` int64; compression tokens carry their own ids (one per place, 0..K-1 from the
+    first).  ``position_ids_3T`` int64, M-RoPE.  ``labels_T`` is the token itself where it carries
+    loss and -100 elsewhere: the row that predicts it is the one before.  ``lengths_B3`` int64 on
+    the host: lengths of the three segments.  ``image_counts_B`` int64 on the host.  The image
+    tokens of the batch, in packed order, take the rows ``feature_rows_F`` of the features of
+    ``images`` (or of the batch that this one was split from).
+    """
+
+    input_ids_T: torch.Tensor
+    position_ids_3T: torch.Tensor
+    labels_T: torch.Tensor
+    lengths_B3: torch.Tensor
+    image_counts_B: torch.Tensor
+    feature_counts_B: torch.Tensor
+    feature_rows_F: torch.Tensor
+    content_ids_B: torch.Tensor
+    images: ImageBatch | None = None
+    pairs: int = 0  # stage 2: the first samples are queries, as many targets follow, then negatives
+
+    def __len__(self) -> int:
+        return len(self.lengths_B3)
+
+    @property
+    def sizes_B(self) -> torch.Tensor:
+        """Tokens of each sample, int64 on the host."""
+        return self.lengths_B3.sum(-1)
+
+    @property
+    def token_rows(self) -> torch.Tensor:
+        """Packed positions of the compression tokens, sample by sample, int64 [B * K]."""
+        starts = self.sizes_B.cumsum(0) - self.sizes_B + self.lengths_B3[:, CONTEXT]
+        count = self.lengths_B3[:, TOKENS]
+        ends = count.cumsum(0)
+        total = int(ends[-1]) if len(ends) else 0
+        return (starts - (ends - count)).repeat_interleave(count) + torch.arange(total)
+
+    @property
+    def answer_rows(self) -> torch.Tensor:
+        """Packed positions of the tokens that carry loss, int64 [R], on the batch's device."""
+        return (self.labels_T != IGNORE).nonzero().squeeze(-1)
+
+    def split(self, groups: Sequence[torch.Tensor], *, with_images: bool = False) -> list[Batch]:
+        """One batch for each group of sample indices (int64 on the host), in the group's order.
+
+        Without images the parts keep reading the features of this batch; with images each part
+        holds its own and reads their features.
+        """
+        return [self._select(group, with_images) for group in groups]
+
+    def _select(self, samples: torch.Tensor, with_images: bool) -> Batch:
+        device = self.input_ids_T.device
+        rows = ranges(self.sizes_B, samples).to(device)
+        spans = ranges(self.feature_counts_B, samples)
+        images = None
+        feature_rows = self.feature_rows_F[spans.to(self.feature_rows_F.device)]
+        if with_images and self.images is not None:
+            picks = ranges(self.image_counts_B, samples)
+            if len(picks):
+                images = self.images.select(picks)
+            feature_rows = torch.arange(len(spans), device=self.feature_rows_F.device)
+        return Batch(
+            input_ids_T=self.input_ids_T[rows],
+            position_ids_3T=self.position_ids_3T[:, rows],
+            labels_T=self.labels_T[rows],
+            lengths_B3=self.lengths_B3[samples],
+            image_counts_B=self.image_counts_B[samples],
+            feature_counts_B=self.feature_counts_B[samples],
+            feature_rows_F=feature_rows,
+            content_ids_B=self.content_ids_B[samples],
+            images=images,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy with its token tensors and pixels on ``device``; lengths stay on the host."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name in ("input_ids_T", "position_ids_3T", "labels_T", "feature_rows_F")
+        }
+        return replace(self, images=self.images.to(device) if self.images else None, **moved)
+
+    def padded(self, alignment: Alignment = "right", pad_id: int = 0) -> Padded:
+        """The [B, L] view.
+
+        ``right`` and ``left`` pad on that side.  ``segments`` puts the compression tokens of all
+        samples in the same columns: contexts end there, dialogues begin after them.  Padding takes
+        ``pad_id`` and position 0.
+        """
+        lengths, sizes = self.lengths_B3, self.sizes_B
+        if alignment == "segments":
+            context = int(lengths[:, CONTEXT].max())
+            tokens = int(lengths[:, TOKENS].max())
+            if int(lengths[:, TOKENS].min()) != tokens:
+                raise ValueError("segment-aligned padding needs the same K for every sample")
+            boundary, columns = context + tokens, context + tokens + int(lengths[:, DIALOGUE].max())
+            shift = context - lengths[:, CONTEXT]
+        else:
+            columns = boundary = int(sizes.max())
+            shift = columns - sizes if alignment == "left" else torch.zeros_like(sizes)
+        device = self.input_ids_T.device
+        first = torch.arange(len(self)) * columns + shift - (sizes.cumsum(0) - sizes)
+        cell = (first.repeat_interleave(sizes) + torch.arange(int(sizes.sum()))).to(device)
+        shape = (len(self), columns)
+        kinds = torch.tensor([CONTEXT, TOKENS, DIALOGUE]).repeat(len(self))
+        segment_T = kinds.repeat_interleave(lengths.flatten()).to(device)
+        ids = torch.full(shape, pad_id, dtype=torch.int64, device=device)
+        ids.view(-1)[cell] = self.input_ids_T
+        positions = torch.zeros((3, *shape), dtype=torch.int64, device=device)
+        positions.view(3, -1)[:, cell] = self.position_ids_3T
+        segment = torch.full(shape, PADDING, dtype=torch.int64, device=device)
+        segment.view(-1)[cell] = segment_T
+        return Padded(ids, positions, segment, cell, lengths, alignment, boundary)

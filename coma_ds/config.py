@@ -1,0 +1,316 @@
+"""The run configuration: one frozen, typed tree; defaults < recipe < dotted overrides.
+
+The run config owns batch, clipping, learning rate and precision; the DeepSpeed JSON owns ZeRO
+mechanics.  An unknown key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRECISIONS = ("bf16", "fp32")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class LoRAConfig(Section):
+    """Adapters of the language model (peft)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(64, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class ModelConfig(Section):
+    """What is trained, and how it is arranged."""
+
+    path: str = "builtin:demo-base"  # a folder, a hub name, or builtin:NAME
+    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] | None = None  # checked when given
+    weights: Literal["pretrained", "random"] = "pretrained"
+    compression_tokens: int = Field(32, ge=0)
+    bottleneck: Literal["kv", "last_hidden"] = "kv"
+    pooling: Literal["mean", "attention", "last"] = "mean"
+    adapter: Literal["none", "lora", "dora"] = "none"
+    lora: LoRAConfig = LoRAConfig()
+    train_vision: bool = False
+    attention: Literal["auto", "split", "dense", "packed"] = "auto"
+    arithmetic: Literal["auto", "sdpa", "matmul"] = "auto"
+    gradient_checkpointing: bool = False
+    min_vision_tokens: int | None = Field(None, ge=1)  # None: what the processor says
+    max_vision_tokens: int | None = Field(None, ge=1)
+    max_length: int = Field(8192, ge=16)
+
+    @model_validator(mode="after")
+    def _vision_tokens(self):
+        low, high = self.min_vision_tokens, self.max_vision_tokens
+        if low and high and low > high:
+            raise ValueError(f"min_vision_tokens {low} is above max_vision_tokens {high}")
+        if high and high + self.compression_tokens >= self.max_length:
+            raise ValueError(
+                f"max_vision_tokens {high} and {self.compression_tokens} compression tokens do not "
+                f"fit in max_length {self.max_length}"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Where the samples come from."""
+
+    format: Literal["builtin", "mmeb", "pairs", "dialogues"] = "builtin"
+    root: str | None = None  # mmeb: folder of parquet folders, or a hub name
+    path: str | None = None  # pairs, dialogues: one file
+    image_root: str | None = None
+    sources: tuple[str, ...] = ()  # empty: all
+    split: str = "original"
+    limit: int | None = Field(None, ge=1)  # rows of each source
+    weighting: Literal["uniform", "proportional"] = "uniform"
+    sub_batch: int = Field(0, ge=0)  # 0: sources mixed freely
+    min_score: float | None = None
+    workers: int = Field(1, ge=0)
+    length: int = Field(100_000, ge=1)  # builtin: samples of an epoch
+
+
+class CompressConfig(Section):
+    """Stage 1."""
+
+    loss: Literal["ce", "kl"] = "ce"
+    format: Literal["multi_turn", "single_turn", "description", "caption"] = "multi_turn"
+    visible: bool = False  # rule off: the dialogue sees the image
+
+
+class MatchConfig(Section):
+    """Stage 2."""
+
+    temperature: float = Field(0.03, gt=0)
+    learn_temperature: bool = False
+    mask_false_negatives: bool = True
+
+
+class ChunkConfig(Section):
+    """What goes through the model at a time: samples, or padded tokens where that is set."""
+
+    samples: int = Field(64, ge=1)
+    tokens: int | None = Field(None, ge=1)
+
+
+class OptimConfig(Section):
+    batch_size: int = Field(256, ge=1)  # pairs or dialogues of one optimizer step, all ranks
+    steps: int = Field(100, ge=1)
+    lr: float = Field(5e-5, gt=0)
+    token_lr: float | None = Field(None, gt=0)  # compression tokens; None: lr
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(1.0, ge=0)  # 0: off
+    kind: Literal["adamw", "sgd"] = "adamw"
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0)  # steps; 0: at the end only
+    at_end: bool = True
+    root: str | None = None  # an MMEB-eval folder; None: the built-in sets for built-in data
+    image_root: str | None = None
+    sets: tuple[str, ...] = ()
+    batch_size: int = Field(128, ge=1)
+    bottleneck_questions: int = Field(200, ge=0)  # of each kind
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)  # steps; 0: at the end only
+    resume: str = "auto"  # auto | none | a checkpoint folder
+
+
+class LoggingConfig(Section):
+    every: int = Field(1, ge=1)
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class RunConfig(Section):
+    """One run.  ``recipe`` is the name it came from, for the record."""
+
+    recipe: str = ""
+    objective: Literal["compress", "match"] = "compress"
+    output: str = "runs/demo/compress"
+    init_from: str | None = None  # a finished run, or a model folder
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    deepspeed: str = "zero3"  # a name in ds_configs/, or a JSON file
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    compress: CompressConfig = CompressConfig()
+    match: MatchConfig = MatchConfig()
+    chunk: ChunkConfig = ChunkConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        needs_tokens = self.objective == "match" or not self.compress.visible
+        if needs_tokens and self.model.compression_tokens == 0:
+            raise ValueError(
+                "model.compression_tokens is 0: this objective reads the image through them, "
+                "use 1 or more (0 is only for compress.visible=true)"
+            )
+        if self.objective == "match" and self.data.format == "dialogues":
+            raise ValueError("data.format 'dialogues' has no pairs: objective 'match' needs pairs")
+        if self.objective == "compress" and self.data.format in ("mmeb", "pairs"):
+            raise ValueError(
+                f"data.format {self.data.format!r} has no dialogues: objective 'compress' needs "
+                "'builtin' or 'dialogues'"
+            )
+        size, sub = self.optim.batch_size, self.data.sub_batch
+        if sub and size % sub:
+            raise ValueError(f"optim.batch_size {size} is not a multiple of data.sub_batch {sub}")
+        return self
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += _known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    leaf = key.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(key, known, 1, 0.5) or [
+        k for k in known if k.rsplit(".", 1)[-1] == leaf
+    ]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_keys(tree: dict, known: list[str], source: str, prefix: str = "") -> None:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key not in known:
+            raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
+        is_section = any(k.startswith(key + ".") for k in known)
+        if is_section and not isinstance(value, dict):
+            raise ValueError(f"{source}: {key!r} is a section, give its keys ({key}.KEY=VALUE)")
+        if is_section:
+            _check_keys(value, known, source, key + ".")
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_overrides(overrides: list[str]) -> dict:
+    """``["optim.lr=2e-5", ...]`` as a tree; values are YAML.
+
+    Raises ``ValueError`` for a word without ``=`` or a value that is not YAML.
+    """
+    tree: dict[str, Any] = {}
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {word!r}: expected KEY=VALUE, for example optim.lr=2e-5")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {word!r}: the value is not YAML ({error})") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    return tree
+
+
+def recipe_names() -> list[str]:
+    """The recipes shipped in the package."""
+    folder = resources.files("coma_ds.recipes")
+    return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict:
+    """The tree of a shipped recipe or of a YAML file, its ``base`` recipe merged below it.
+
+    Raises ``ValueError`` for a name that is neither, or a file that is not a YAML mapping.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"recipe file {name!r} does not exist")
+        text = path.read_text()
+    elif name in recipe_names():
+        text = resources.files("coma_ds.recipes").joinpath(f"{name}.yaml").read_text()
+    else:
+        close = difflib.get_close_matches(name, recipe_names(), 1, 0.4)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"recipe {name!r}: {hint}shipped are {', '.join(recipe_names())}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        raise ValueError(f"recipe {name!r} is not YAML: an error{line}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"recipe {name!r}: expected a mapping of keys, found {tree!r:.60}")
+    base = tree.pop("base", None)
+    return _merge(read_recipe(base), tree) if base else tree
+
+
+def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunConfig:
+    """Defaults, then the recipe, then the overrides, checked as a whole.
+
+    Raises ``ValueError`` with the key and what was expected.
+    """
+    known = [k for k in _known_keys(RunConfig)]
+    tree: dict = {}
+    if recipe:
+        tree = read_recipe(recipe)
+        _check_keys(tree, known, f"recipe {recipe!r}")
+        tree = {"recipe": recipe, **tree}
+    over = parse_overrides(overrides or [])
+    _check_keys(over, known, "override")
+    return validate(_merge(tree, over))
+
+
+def validate(tree: dict) -> RunConfig:
+    """The typed config of a tree; ``ValueError`` with one line for each wrong value."""
+    try:
+        return RunConfig.model_validate(_numbers(tree))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if item["type"] == "value_error" else f" (given: {item['input']!r})"
+            lines.append(f"{key}: {message}{given}" if key else message)
+        raise ValueError("; ".join(lines)) from None
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 5e-5 as text; make it the number that was meant."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, str) and value[:1] in "0123456789.-+":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def dump(config: RunConfig) -> str:
+    """The whole tree as YAML; ``load_config`` of that file gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,1 @@
+"""Records, readers, sampling and collation."""

@@ -1,0 +1,255 @@
+"""The drawings of the built-in set as pictures: one on a background, or several in a scene.
+
+Shapes: H height, W width in pixels; drawings are [64, 64, 4] uint8, RGB premultiplied by alpha.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from coma_ds.data.builtin.colours import WHITE, dominant_colour
+from coma_ds.data.builtin.concepts import FOLDER
+
+TRAINING_STYLES: tuple[str, ...] = ("noto", "twemoji", "emojione", "noto-v1", "fxemoji")
+TEST_STYLE = "fluent-emoji-flat"
+SIZE = 64
+RGB = tuple[int, int, int]
+
+
+class PictureSet:
+    """All drawings, decoded when first asked for and then kept.  Use ``PictureSet.load()``."""
+
+    def __init__(self) -> None:
+        table = pq.read_table(FOLDER / "pictures.parquet")
+        self._encoded = table.column("image").combine_chunks()
+        self._keys = list(zip(table.column("style").to_pylist(), table.column("code").to_pylist()))
+        self._row = {key: row for row, key in enumerate(self._keys)}
+        self._decoded: list[np.ndarray | None] = [None] * len(self._keys)
+        self._digests: list[bytes | None] = [None] * len(self._keys)
+        self._colours: list[tuple[str, float] | None] = [None] * len(self._keys)
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def load() -> PictureSet:
+        """The set of this process."""
+        return PictureSet()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self._row
+
+    def keys(self) -> list[tuple[str, str]]:
+        """(style, code) of every drawing, style by style."""
+        return list(self._keys)
+
+    def codes(self, style: str) -> list[str]:
+        """The codes of the concepts that a style draws, in the order of the Unicode charts."""
+        return [code for own, code in self._keys if own == style]
+
+    def _find(self, style: str, code: str) -> int:
+        row = self._row.get((style, code))
+        if row is None:
+            raise ValueError(
+                f"the built-in set has no drawing {style}/{code}; "
+                f"styles are {', '.join([*TRAINING_STYLES, TEST_STYLE])}"
+            )
+        return row
+
+    def rgba(self, style: str, code: str) -> np.ndarray:
+        """The drawing as stored, uint8 [64, 64, 4], colours not premultiplied."""
+        encoded = self._encoded[self._find(style, code)].as_py()
+        return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGBA"))
+
+    def drawing(self, style: str, code: str) -> np.ndarray:
+        """The drawing premultiplied by its alpha, uint8 [64, 64, 4], cached; do not write to it."""
+        row = self._find(style, code)
+        drawing = self._decoded[row]
+        if drawing is None:
+            rgba = self.rgba(style, code)
+            drawing = np.empty_like(rgba)
+            alpha = rgba[..., 3:].astype(np.uint16)
+            drawing[..., :3] = (rgba[..., :3] * alpha + 127) // 255
+            drawing[..., 3:] = alpha
+            self._decoded[row] = drawing
+        return drawing
+
+    def colour(self, style: str, code: str) -> tuple[str, float]:
+        """The dominant colour word of the drawing and its share of the opaque pixels."""
+        row = self._find(style, code)
+        if self._colours[row] is None:
+            self._colours[row] = dominant_colour(self.rgba(style, code))
+        return self._colours[row]
+
+    def content(self, style: str, code: str) -> bytes:
+        """16 bytes that are equal exactly for equal stored drawings."""
+        row = self._find(style, code)
+        if self._digests[row] is None:
+            encoded = self._encoded[row].as_py()
+            self._digests[row] = hashlib.blake2b(encoded, digest_size=16).digest()
+        return self._digests[row]
+
+
+def _over(drawing_HW4: np.ndarray, background: RGB) -> np.ndarray:
+    """A premultiplied drawing over a plain colour: uint8 [H, W, 3]."""
+    clear = 255 - drawing_HW4[..., 3:].astype(np.uint16)
+    behind = (clear * np.asarray(background, np.uint16) + 127) // 255
+    return drawing_HW4[..., :3] + behind.astype(np.uint8)
+
+
+def _jittered(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Every channel scaled by a factor of its own within 6 % of 1."""
+    table: list[int] = []
+    for _ in range(3):
+        gain = rng.uniform(0.94, 1.06)
+        table += [min(255, round(level * gain)) for level in range(256)]
+    return image.point(table)
+
+
+def _moved(image: Image.Image, background: RGB, rng: random.Random) -> Image.Image:
+    """Scaled by 0.82 to 1.1, turned by up to 6 degrees and shifted by up to 6 % of the side."""
+    side = image.width
+    zoom, angle = 1 / rng.uniform(0.82, 1.1), math.radians(rng.uniform(-6, 6))
+    cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
+    middle = side / 2
+    shift_x, shift_y = (rng.uniform(-0.06, 0.06) * side for _ in range(2))
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        (
+            cos,
+            -sin,
+            middle - cos * (middle + shift_x) + sin * (middle + shift_y),
+            sin,
+            cos,
+            middle - sin * (middle + shift_x) - cos * (middle + shift_y),
+        ),
+        resample=Image.Resampling.BILINEAR,
+        fillcolor=background,
+    )
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinPicture:
+    """One drawing on a plain background, ``size`` pixels square.
+
+    ``augment`` is the seed of a light change (shift, scale, turn, colour), None for none.
+    """
+
+    style: str
+    code: str
+    background: RGB = WHITE
+    size: int = SIZE
+    augment: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"builtin:{self.style}/{self.code}"
+
+    def open(self) -> Image.Image:
+        """The picture, RGB; the same pixels at every call."""
+        pixels = _over(PictureSet.load().drawing(self.style, self.code), self.background)
+        image = Image.fromarray(pixels)
+        if self.size != SIZE:
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        if self.augment is not None:
+            rng = random.Random(self.augment)
+            image = _jittered(_moved(image, self.background, rng), rng)
+        return image
+
+    def digest(self) -> bytes:
+        """16 bytes, equal exactly when drawing, background, size and change are equal."""
+        content = PictureSet.load().content(self.style, self.code)
+        return _digest("picture", content, self.background, self.size, self.augment)
+
+
+@dataclass(frozen=True, slots=True)
+class ScenePicture:
+    """Drawings in the cells of a square grid on one background, row by row.
+
+    ``cells`` holds 4 or 9 entries: (style, code), or None for an empty cell.
+    """
+
+    cells: tuple[tuple[str, str] | None, ...]
+    background: RGB = WHITE
+    size: int = SIZE
+    augment: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.cells) not in (4, 9):
+            raise ValueError(f"a scene has {len(self.cells)} cells, expected 4 (2x2) or 9 (3x3)")
+        if self.size < self.columns:
+            raise ValueError(f"a scene of {self.size} pixels is too small; use 64 or more")
+
+    @property
+    def columns(self) -> int:
+        """Cells in a row: 2 or 3."""
+        return math.isqrt(len(self.cells))
+
+    @property
+    def name(self) -> str:
+        inside = " ".join("-" if cell is None else "/".join(cell) for cell in self.cells)
+        return f"builtin:scene[{inside}]"
+
+    def box(self, cell: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a cell in pixels."""
+        row, column = divmod(cell, self.columns)
+        side = self.size // self.columns
+        return column * side, row * side, (column + 1) * side, (row + 1) * side
+
+    def open(self) -> Image.Image:
+        """The scene, RGB; the same pixels at every call."""
+        canvas = np.empty((self.size, self.size, 3), np.uint8)
+        canvas[:] = self.background
+        for cell, key in enumerate(self.cells):
+            if key is None:
+                continue
+            left, top, right, bottom = self.box(cell)
+            pixels = Image.fromarray(_over(PictureSet.load().drawing(*key), self.background))
+            canvas[top:bottom, left:right] = pixels.resize(
+                (right - left, bottom - top), Image.Resampling.BILINEAR
+            )
+        image = Image.fromarray(canvas)
+        return image if self.augment is None else _jittered(image, random.Random(self.augment))
+
+    def digest(self) -> bytes:
+        """16 bytes, equal exactly when cells, background, size and change are equal."""
+        pictures = PictureSet.load()
+        contents = tuple(None if key is None else pictures.content(*key) for key in self.cells)
+        return _digest("scene", contents, self.background, self.size, self.augment)
+
+
+@dataclass(frozen=True, slots=True)
+class CropPicture:
+    """One cell cut out of a scene and enlarged to ``size`` pixels square."""
+
+    scene: ScenePicture
+    cell: int
+    size: int = SIZE
+
+    @property
+    def name(self) -> str:
+        return f"{self.scene.name}#{self.cell}"
+
+    def open(self) -> Image.Image:
+        """The crop, RGB."""
+        crop = self.scene.open().crop(self.scene.box(self.cell))
+        return crop.resize((self.size, self.size), Image.Resampling.BILINEAR)
+
+    def digest(self) -> bytes:
+        """16 bytes, equal exactly when scene, cell and size are equal."""
+        return _digest("crop", self.scene.digest(), self.cell, self.size)

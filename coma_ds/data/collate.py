@@ -1,0 +1,185 @@
+"""Records to one packed batch.
+
+Stage 1: [images, instruction | K tokens | chat turns], loss on the answers and their end tokens.
+Stage 2: [text with its images | K tokens], queries, then targets, then hard negatives.
+Source: the paper, section 3 and figure 1; no system prompt, no chat template in stage 2.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from coma_ds.batch import IGNORE, Batch, ImageBatch
+from coma_ds.data.processing import Processing
+from coma_ds.data.records import IMAGE_MARK, Dialogue, Pair, Picture, Side
+
+log = logging.getLogger("coma_ds")
+
+
+@dataclass
+class Sample:
+    """One sample before packing; ``grids`` are those of its images, in order."""
+
+    context: list[int]
+    tokens: list[int]
+    dialogue: list[int]
+    labels: list[int]  # of the dialogue
+    grids: list[tuple[int, int, int]]
+    content_id: int = 0
+
+
+def rope_positions(ids: np.ndarray, grids, image_id: int, merge_size: int) -> np.ndarray:
+    """M-RoPE positions of one sequence, int64 [3, T]: (time, height, width).
+
+    Text counts up in all three; an image spans its merged grid from the next position, and text
+    goes on after the larger of its sides.  Equal to transformers' ``get_rope_index`` for still
+    images in all three families.
+    """
+    positions = np.empty((3, len(ids)), dtype=np.int64)
+    place, current, grids = 0, 0, iter(grids)
+    is_image = ids == image_id
+    while place < len(ids):
+        if is_image[place]:
+            frames, height, width = next(grids)
+            height, width = height // merge_size, width // merge_size
+            count = frames * height * width
+            cells = np.indices((frames, height, width)).reshape(3, -1)
+            positions[:, place : place + count] = cells + current
+            current += max(height, width)
+        else:
+            later = is_image[place:].argmax()
+            count = later if later else len(ids) - place
+            positions[:, place : place + count] = np.arange(current, current + count)
+            current += count
+        place += count
+    return positions
+
+
+class Collator:
+    """Packs pairs or dialogues; picklable, runs in the loader's workers.
+
+    ``truncated`` counts texts that were cut to ``max_length``; a dialogue loses whole last turns.
+    """
+
+    def __init__(self, processing: Processing) -> None:
+        self.processing = processing
+        self.truncated = 0
+
+    def __call__(self, records: Sequence[Pair] | Sequence[Dialogue]) -> Batch:
+        """One batch of a list of pairs or of dialogues (not mixed)."""
+        if isinstance(records[0], Dialogue):
+            return self.dialogues(records)
+        return self.pairs(records)
+
+    def pairs(self, pairs: Sequence[Pair]) -> Batch:
+        """Queries, then targets, then all negatives, as samples without a dialogue."""
+        sides = [p.query for p in pairs] + [p.target for p in pairs]
+        sides += [side for p in pairs for side in p.negatives]
+        return self.sides(sides, pairs=len(pairs))
+
+    def sides(self, sides: Sequence[Side], pairs: int = 0) -> Batch:
+        """Any sides as samples that end with the K tokens."""
+        samples, pixels = [], []
+        for side in sides:
+            samples.append(self._side(side, pixels))
+        return self._pack(samples, pixels, pairs)
+
+    def dialogues(self, dialogues: Sequence[Dialogue], *, prompt_only: bool = False) -> Batch:
+        """Dialogues as samples; with ``prompt_only`` each ends where its last answer begins."""
+        samples, pixels = [], []
+        for dialogue in dialogues:
+            samples.append(self._dialogue(dialogue, pixels, prompt_only))
+        return self._pack(samples, pixels, 0)
+
+    def _image(self, picture: Picture, pixels: list, grids: list) -> list[int]:
+        p = self.processing
+        values, grid = p.pixels(picture)
+        pixels.append(values)
+        grids.append(grid)
+        count = grid[0] * grid[1] * grid[2] // p.merge
+        return [p.vision_start, *[p.image_id] * count, p.vision_end]
+
+    def _side(self, side: Side, pixels: list) -> Sample:
+        p, grids = self.processing, []
+        pictures = iter(side.images)
+        texts = IMAGE_MARK.split(side.text)
+        images = [self._image(next(pictures), pixels, grids) for _ in texts[1:]]
+        words = [p.encode(text) if text else [] for text in texts]
+        room = p.max_length - len(p.compression_ids) - sum(map(len, images))
+        if room < 0:
+            raise ValueError(
+                f"{', '.join(i.name for i in side.images)}: the images alone take "
+                f"{sum(map(len, images))} tokens, more than model.max_length {p.max_length} allows"
+            )
+        context = list(words[0][:room])
+        room -= len(context)
+        self.truncated += sum(map(len, words)) > room + len(context)
+        for image, piece in zip(images, words[1:]):
+            context += image + piece[:room]
+            room -= len(piece[:room])
+        if not context:
+            raise ValueError("a side is empty: it has neither text nor an image")
+        return Sample(context, p.compression_ids, [], [], grids, side.content_id())
+
+    def _dialogue(self, dialogue: Dialogue, pixels: list, prompt_only: bool) -> Sample:
+        p, grids, context = self.processing, [], []
+        for picture in dialogue.images:
+            context += self._image(picture, pixels, grids)
+        if dialogue.instruction:
+            context += p.encode(dialogue.instruction)
+        room = p.max_length - len(context) - len(p.compression_ids)
+        ids: list[int] = []
+        labels: list[int] = []
+        for number, turn in enumerate(dialogue.turns):
+            question = p.encode(f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n")
+            answer = [*p.encode(turn.answer), p.turn_end]
+            if prompt_only and number == len(dialogue.turns) - 1:
+                answer = []
+            if len(ids) + len(question) + len(answer) > room:
+                if not number:
+                    raise ValueError(
+                        f"{dialogue.name}: its images and first turn take "
+                        f"{len(context) + len(question) + len(answer)} tokens, more than "
+                        f"model.max_length {p.max_length} leaves"
+                    )
+                self.truncated += 1
+                break
+            between = p.encode("\n") if ids else []
+            ids += between + question + answer
+            labels += [IGNORE] * (len(between) + len(question)) + answer
+        return Sample(context, p.compression_ids, ids, labels, grids)
+
+    def _pack(self, samples: list[Sample], pixels: list[np.ndarray], pairs: int) -> Batch:
+        p = self.processing
+        merge_size = p.image_processor.merge_size
+        ids, labels, positions, lengths = [], [], [], []
+        for s in samples:
+            row = np.array(s.context + s.tokens + s.dialogue, dtype=np.int64)
+            ids.append(row)
+            labels += [IGNORE] * (len(s.context) + len(s.tokens)) + s.labels
+            positions.append(rope_positions(row, s.grids, p.image_id, merge_size))
+            lengths.append((len(s.context), len(s.tokens), len(s.dialogue)))
+        grids = [grid for s in samples for grid in s.grids]
+        images = None
+        if grids:
+            images = ImageBatch(
+                torch.from_numpy(np.concatenate(pixels)), torch.tensor(grids), p.merge
+            )
+        features = [sum(t * h * w for t, h, w in s.grids) // p.merge for s in samples]
+        return Batch(
+            input_ids_T=torch.from_numpy(np.concatenate(ids)),
+            position_ids_3T=torch.from_numpy(np.concatenate(positions, 1)),
+            labels_T=torch.tensor(labels, dtype=torch.int64),
+            lengths_B3=torch.tensor(lengths, dtype=torch.int64),
+            image_counts_B=torch.tensor([len(s.grids) for s in samples]),
+            feature_counts_B=torch.tensor(features),
+            feature_rows_F=torch.arange(sum(features)),
+            content_ids_B=torch.tensor([s.content_id for s in samples], dtype=torch.int64),
+            images=images,
+            pairs=pairs,
+        )

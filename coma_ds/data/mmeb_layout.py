@@ -1,0 +1,145 @@
+"""Where the sets of MMEB lie, what they are called, and their columns as Arrow arrays."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from coma_ds.data.tables import ArrowTable, read_hub, read_parquet
+
+GROUPS = ("Cls", "VQA", "Ret", "VG")
+DOMAINS = ("IND", "OOD")
+
+_OFFICIAL = {
+    ("Cls", "IND"): "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
+    ("Cls", "OOD"): "Place365 ImageNet-A ImageNet-R ObjectNet Country211",
+    ("VQA", "IND"): "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W",
+    ("VQA", "OOD"): "ScienceQA VizWiz GQA TextVQA",
+    ("Ret", "IND"): "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA",
+    ("Ret", "OOD"): "OVEN FashionIQ EDIS Wiki-SS-NQ",
+    ("VG", "IND"): "MSCOCO",
+    ("VG", "OOD"): "Visual7W-Pointing RefCOCO RefCOCO-Matching",
+}
+OFFICIAL_SETS = {name: key for key, names in _OFFICIAL.items() for name in names.split()}
+"""Group and domain of the 36 sets of MMEB (Jiang et al., arXiv 2410.05160)."""
+
+TRAIN_COLUMNS = (
+    "qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path",
+)  # fmt: skip
+EVAL_COLUMNS = ("qry_inst", "qry_text", "qry_img_path", "tgt_inst", "tgt_text", "tgt_img_path")
+
+
+def mmeb_eval_sets(root_or_hub: str) -> list[str]:
+    """Names of the sets at ``root_or_hub``: those of ``sets.json``, else the official ones there.
+
+    Raises:
+        ValueError: a folder that holds none.
+    """
+    if not os.path.isdir(root_or_hub):
+        return list(OFFICIAL_SETS)
+    index = _read_index(root_or_hub)
+    names = list(index) or [
+        name for name in OFFICIAL_SETS if os.path.isdir(os.path.join(root_or_hub, name))
+    ]
+    if not names:
+        raise ValueError(
+            f"{root_or_hub}: no MMEB set here; expected folders such as "
+            f"{next(iter(OFFICIAL_SETS))}/test-00000-of-00001.parquet, or sets.json"
+        )
+    return names
+
+
+def open_set(root_or_hub: str, subset: str, split: str, columns: Sequence[str]) -> ArrowTable:
+    if not os.path.isdir(root_or_hub):
+        if root_or_hub.count("/") != 1 or root_or_hub.startswith((".", "/", "~")):
+            raise ValueError(
+                f"{root_or_hub}: no such folder, nor the name of a hub repository (owner/name)"
+            )
+        return read_hub(root_or_hub, subset, split).select(columns)
+    folder = os.path.join(root_or_hub, subset)
+    if not os.path.isdir(folder):
+        raise ValueError(
+            f"{root_or_hub}: no set {subset!r} here; there are "
+            f"{', '.join(_folders(root_or_hub)) or 'none'}"
+        )
+    names = sorted(os.listdir(folder))
+    files = [name for name in names if fnmatch.fnmatch(name, f"{split}-*.parquet")] or [
+        name for name in names if name == f"{split}.parquet"
+    ]
+    if not files:
+        raise ValueError(
+            f"{folder}: no file {split}-*.parquet; there are {', '.join(names[:20]) or 'none'}"
+        )
+    return read_parquet([os.path.join(folder, name) for name in files], columns)
+
+
+def _folders(root: str) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:60]
+
+
+def group_and_domain(root_or_hub: str, subset: str) -> tuple[str, str]:
+    index = _read_index(root_or_hub) if os.path.isdir(root_or_hub) else {}
+    if subset in index:
+        return index[subset]
+    if subset in OFFICIAL_SETS:
+        return OFFICIAL_SETS[subset]
+    raise ValueError(
+        f"{root_or_hub}: the group of set {subset!r} is unknown; it is none of the 36 of MMEB, "
+        f"so list it in {os.path.join(root_or_hub, 'sets.json')} as "
+        '[{"name", "group", "domain"}]'
+    )
+
+
+def _read_index(root: str) -> dict[str, tuple[str, str]]:
+    path = os.path.join(root, "sets.json")
+    if not os.path.exists(path):
+        return {}
+    form = (
+        f'expected a list of {{"name", "group" ({", ".join(GROUPS)}), '
+        f'"domain" ({", ".join(DOMAINS)})}}'
+    )
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); {form}") from None
+    index = {}
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        fits = isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        if not fits or entry.get("group") not in GROUPS or entry.get("domain") not in DOMAINS:
+            raise ValueError(f"{path}: entry {number} is {str(entry)[:80]}; {form}")
+        index[entry["name"]] = (entry["group"], entry["domain"])
+    return index
+
+
+def text_column(table: ArrowTable, name: str) -> pa.Array:
+    """A text column with "" for null and for a column that is not there."""
+    return pc.fill_null(array_column(table, name, pa.string(), "texts"), "")
+
+
+def array_column(table: ArrowTable, name: str, kind: pa.DataType, what: str) -> pa.Array:
+    if name not in table.columns:
+        return pa.nulls(len(table), kind)
+    column = table.arrow.column(name)
+    if pa.types.is_list(kind) != _is_list(column.type) and not pa.types.is_null(column.type):
+        raise ValueError(
+            f"{table.where(0)}: column {name!r} must hold {what}, it holds {column.type}"
+        )
+    try:
+        column = column.cast(kind)
+    except pa.ArrowException:
+        raise ValueError(
+            f"{table.where(0)}: column {name!r} must hold {what}, it holds {column.type}"
+        ) from None
+    return column.combine_chunks()
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )

@@ -1,0 +1,223 @@
+"""DeepSpeed, and nothing else knows it: start, wrap, backward, step.
+
+The only importer of deepspeed (with ``checkpoint``'s conversion of shards).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils import set_z3_leaf_modules
+
+from coma_ds import comm
+from coma_ds.config import RunConfig
+from coma_ds.optim import learning_rate
+
+log = logging.getLogger("coma_ds")
+
+Result = TypeVar("Result")
+# What the run config says; a DeepSpeed file that says it too is an error.
+OWNED_BY_RUN = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+)
+
+
+def start(timeout_minutes: int | None = None) -> torch.device:
+    """Join the world that the launcher described (a world of one without it); the rank's device."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        os.environ.update(alone)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if timeout_minutes:
+        os.environ.setdefault("DEEPSPEED_TIMEOUT", str(timeout_minutes))
+    on_gpu = torch.cuda.is_available()
+    # The shared-memory collectives are compiled at first use (half a minute) for the same result.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cpu")
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    return device
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def read_mechanics(name: str) -> dict:
+    """The ZeRO mechanics: a name of ``ds_configs/`` or a JSON file.
+
+    Raises ``ValueError`` for a file that is missing, is no JSON object, or says what the run
+    config owns.
+    """
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"deepspeed file {name!r} does not exist")
+        text = path.read_text()
+    else:
+        folder = resources.files("coma_ds.ds_configs")
+        known = sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".json"))
+        if name not in known:
+            raise ValueError(f"deepspeed {name!r}: expected a JSON file or one of {known}")
+        text = folder.joinpath(f"{name}.json").read_text()
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed file {name!r} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"deepspeed file {name!r}: expected an object, found {tree!r:.60}")
+    for key in OWNED_BY_RUN:
+        if key in tree:
+            raise ValueError(
+                f"deepspeed file {name!r} sets {key!r}, which the run config owns "
+                "(optim.batch_size, optim.clip, optim.lr, precision): take it out"
+            )
+    return tree
+
+
+def deepspeed_config(config: RunConfig) -> dict:
+    """The complete DeepSpeed config of a run: the file's mechanics and the run's numbers.
+
+    One forward at a time is one micro batch; accumulation is ours (boundaries), so 1 there.
+    """
+    tree = read_mechanics(config.deepspeed)
+    stage = tree.get("zero_optimization", {}).get("stage", 0)
+    tree |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip,  # DeepSpeed clips at 1.0 when it is not said
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if config.precision == "bf16":
+        tree["bf16"] = {"enabled": True}
+        tree["data_types"] = {"grad_accum_dtype": "fp32"}
+    tree.setdefault("zero_optimization", {"stage": stage})
+    return tree
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did; ``grad_norm`` before clipping, None where DeepSpeed has none."""
+
+    applied: bool
+    grad_norm: float | None
+    lr: float
+
+
+class Engine:
+    """A wrapped model.  ``engine(call)`` runs ``call(model)`` inside DeepSpeed's forward."""
+
+    def __init__(self, model, optimizer, config: RunConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.ds_config = deepspeed_config(config)
+        self.stage = self.ds_config["zero_optimization"].get("stage", 0)
+        if self.stage == 3:
+            set_z3_leaf_modules(model, model.shard_units())
+        self._engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.ds_config
+        )
+        clip = self._engine.gradient_clipping()
+        if clip != config.optim.clip:
+            raise RuntimeError(f"DeepSpeed clips at {clip}, not at {config.optim.clip}")
+        self.train()
+
+    @property
+    def model(self):
+        """The bare module: for its methods inside ``engine(call)``, never called directly."""
+        return self._engine.module
+
+    def train(self) -> None:
+        """Switch dropout on."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Switch dropout off."""
+        self._engine.eval()
+
+    def __call__(self, call: Callable[[Any], Result]) -> Result:
+        return self._engine(call)
+
+    def forward_backward(self, call: Callable[[Any], tuple[torch.Tensor, Result]], *, last: bool):
+        """One part of an optimizer step: forward, then backward of the scalar it returns.
+
+        ``call(model)`` returns (loss, anything); the second is handed back.  ``last`` marks the
+        last part of the step, on every rank the same.  Stage 3 counts parts by forwards, so every
+        backward has a forward of its own, and DeepSpeed must know the boundary before both.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss, result = self._engine(call)
+        self._engine.backward(loss)
+        return result
+
+    def step(self, step: int) -> StepResult:
+        """Clip and update, with the rate of ``step``; skipped as a whole on a bad gradient."""
+        rate = learning_rate(step, self.config.optim)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate * group.get("scale", 1.0)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            applied=self._engine.was_step_applied(),
+            grad_norm=None if norm is None else float(norm),
+            lr=rate,
+        )
+
+    def save(self, folder: Path, tag: str) -> None:
+        """DeepSpeed's shards of this rank under ``folder/tag``; no pointer file is written."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what ``save`` wrote; raises ``ValueError`` when there is nothing to read."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ValueError(f"checkpoint {folder / tag}: DeepSpeed found nothing to load")
+
+    def destroy(self) -> None:
+        """Free hooks and buffers (several engines may live in one process, one at a time)."""
+        self._engine.destroy()
+
+
+@contextmanager
+def full_parameters(parameters: Iterable[torch.nn.Parameter], *, modify: bool = False):
+    """The parameters whole on every rank; with ``modify`` rank 0's changes are kept."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    context = nullcontext()
+    if sharded:
+        context = deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None)
+    with context:
+        yield

@@ -1,0 +1,1 @@
+"""The multimodal LLM as an embedder: backbones, compression tokens, visibility, pooling."""

@@ -1,0 +1,69 @@
+"""Losses over answer tokens, from final states to a sum, without ever holding [B, L, V].
+
+Shapes: R answer rows, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGITS = 2**26  # elements of one chunk of logits: 256 MiB in float32
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class AnswerHead(nn.Module):
+    """The output matrix of the language model, applied to answer rows only, in chunks.
+
+    It shares the parameter of ``lm_head``: as a module of its own ZeRO-3 gathers the matrix once
+    a pass for all chunks.
+    """
+
+    def __init__(self, weight_VD: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_VD
+
+    def _chunk(self, hidden_RD, labels_R, teacher_RD):
+        logits_RV = _wide(F.linear(hidden_RD, self.weight))
+        right = (logits_RV.detach().argmax(-1) == labels_R).sum()
+        if teacher_RD is None:
+            return F.cross_entropy(logits_RV, labels_R, reduction="sum"), right
+        with torch.no_grad():
+            target_RV = F.log_softmax(_wide(F.linear(teacher_RD, self.weight)), -1)
+        student_RV = F.log_softmax(logits_RV, -1)
+        return F.kl_div(student_RV, target_RV, reduction="sum", log_target=True), right
+
+    def forward(
+        self,
+        hidden_RD: torch.Tensor,
+        labels_R: torch.Tensor,
+        teacher_RD: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum over the rows of the cross-entropy (or of KL(teacher || student)), and right rows.
+
+        ``hidden_RD`` predicts ``labels_R`` (int64).  Both results are float32 scalars (float64 for float64 states); without
+        rows they are zeros that still reach every parameter, which ZeRO needs on every rank.
+        """
+        count = max(1, MAX_LOGITS // self.weight.shape[0])
+        if len(hidden_RD) == 0:
+            return _wide(F.linear(hidden_RD, self.weight)).sum(), labels_R.sum().float()
+        total, right = 0.0, 0
+        teachers = teacher_RD.split(count) if teacher_RD is not None else None
+        for place, (hidden, labels) in enumerate(zip(hidden_RD.split(count), labels_R.split(count))):
+            args = (hidden, labels, teachers[place] if teachers else None)
+            if len(hidden_RD) > count and torch.is_grad_enabled():
+                loss, hits = checkpoint(self._chunk, *args, use_reentrant=False)
+            else:
+                loss, hits = self._chunk(*args)
+            total, right = total + loss, right + hits
+        return total, right.float()
+
+    @torch.no_grad()
+    def predict(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """The most likely next token of each row, int64 [R]."""
+        return F.linear(hidden_RD, self.weight).argmax(-1)

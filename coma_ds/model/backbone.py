@@ -1,0 +1,136 @@
+"""Stock Qwen-VL classes behind two calls: ``embed_images`` and ``hidden_states``.
+
+Shapes: B samples, L columns, T packed tokens, R wanted rows, D width, F image tokens, S feature
+levels (1; for Qwen3-VL one more for each deepstack level).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from coma_ds.batch import Batch, ImageBatch
+from coma_ds.model.attention import (
+    ARITHMETIC,
+    TEXT_ATTENTION,
+    VISION_ATTENTION,
+    Packed,
+    Visibility,
+    build_layout,
+)
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+CARRIERS = ("split", "dense", "packed")
+
+
+class Backbone(nn.Module):
+    """A ``...ForConditionalGeneration`` of the Qwen-VL families, fed from packed batches.
+
+    ``carrier`` arranges the batch for the text layers (``split``, ``dense`` or ``packed``),
+    ``arithmetic`` computes one attention call (``sdpa`` or ``matmul``).
+    """
+
+    def __init__(self, lm: PreTrainedModel, carrier: str = "split", arithmetic: str = "sdpa"):
+        super().__init__()
+        if lm.config.model_type not in FAMILIES:
+            raise ValueError(
+                f"model family {lm.config.model_type!r}: expected one of {', '.join(FAMILIES)}"
+            )
+        if carrier not in CARRIERS or arithmetic not in ARITHMETIC:
+            raise ValueError(f"attention {carrier!r} with {arithmetic!r} is not known")
+        self.lm = lm
+        self.carrier = carrier
+        self.arithmetic = arithmetic
+        lm.config.text_config._attn_implementation = TEXT_ATTENTION
+        lm.config.vision_config._attn_implementation = VISION_ATTENTION
+
+    @property
+    def visual(self) -> nn.Module:
+        """The vision tower."""
+        return self.lm.model.visual
+
+    @property
+    def text(self) -> nn.Module:
+        """The decoder: embedding, layers, final norm."""
+        return self.lm.model.language_model
+
+    @property
+    def width(self) -> int:
+        """D, the width of the final states."""
+        return self.lm.config.text_config.hidden_size
+
+    @property
+    def merge(self) -> int:
+        """Patches that become one image token."""
+        return self.lm.config.vision_config.spatial_merge_size**2
+
+    def layer_classes(self) -> list[type[nn.Module]]:
+        """The classes of a decoder layer and of a vision block: units of sharding."""
+        return [type(self.text.layers[0]), type(self.visual.blocks[0])]
+
+    def blank_image(self) -> ImageBatch:
+        """The smallest image, all zeros: what a rank without images sends through the tower."""
+        vision = self.lm.config.vision_config
+        side = vision.spatial_merge_size
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        device = next(self.visual.parameters()).device
+        pixels = torch.zeros(side * side, width, device=device)
+        return ImageBatch(pixels, torch.tensor([[1, side, side]]), self.merge)
+
+    def embed_images(self, images: ImageBatch | None) -> torch.Tensor:
+        """Image tokens of all images in order, [S, F, D]; of the blank image where there is none.
+
+        Every rank calls this the same number of times, with or without images of its own: under
+        ZeRO-3 the tower's parameters are gathered by all ranks or by none.
+        """
+        images = images or self.blank_image()
+        dtype = self.visual.dtype
+        grid = images.grid_I3.to(images.pixels_PC.device)
+        out = self.visual(images.pixels_PC.to(dtype), grid_thw=grid, return_dict=True)
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        return torch.stack(levels)
+
+    def hidden_states(
+        self,
+        batch: Batch,
+        features_SFD: torch.Tensor | None,
+        rows_R: torch.Tensor,
+        visibility: Visibility = "causal",
+    ) -> torch.Tensor:
+        """Final (normed) states at the packed positions ``rows_R``, [R, D].
+
+        ``features_SFD`` are those of the batch's images, or of the batch that it was split from;
+        None only for a batch without image tokens.
+        """
+        if self.carrier == "packed":
+            ids_BL, positions_3BL = batch.input_ids_T[None], batch.position_ids_3T[:, None]
+            lengths = [tuple(row) for row in batch.lengths_B3.tolist()]
+            layout = Packed(lengths, visibility, ARITHMETIC[self.arithmetic])
+            cells = rows_R.to(ids_BL.device)
+        else:
+            aligned = visibility == "bottleneck" and self.carrier == "split"
+            padded = batch.padded("segments" if aligned else "right")
+            ids_BL, positions_3BL = padded.input_ids_BL, padded.position_ids_3BL
+            layout = build_layout(padded, visibility, self.carrier, self.arithmetic)
+            cells = padded.cells(rows_R.to(ids_BL.device))
+        images = None
+        if len(batch.feature_rows_F):
+            levels = features_SFD[:, batch.feature_rows_F].unbind(0)
+            deepstack = [(level,) for level in levels[1:]]
+            image = SimpleNamespace(pooler_output=(levels[0],), deepstack_features=deepstack)
+            images = {"image": image}
+        states_BLD = self.lm.model(
+            input_ids=ids_BL,
+            position_ids=positions_3BL,
+            mm_encoder_outputs=images,
+            use_cache=False,
+            layout=layout,
+        ).last_hidden_state
+        hidden_RD = states_BLD.flatten(0, 1)[cells]
+        if features_SFD is not None and features_SFD.requires_grad:
+            # Ties the tower in where no image token read it; adds exactly nothing.
+            hidden_RD = hidden_RD + features_SFD[:, :0].sum().to(hidden_RD.dtype)
+        return hidden_RD

@@ -1,0 +1,201 @@
+"""From a folder, a hub name or a config to the module that is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.integrations import HfDeepSpeedConfig
+
+from coma_ds.config import MatchConfig, ModelConfig
+from coma_ds.model.adapters import add_adapter
+from coma_ds.model.backbone import FAMILIES, Backbone
+from coma_ds.model.embedder import CompressionModel, Temperature
+from coma_ds.model.pooling import Pooling
+from coma_ds.model.tokens import CompressionTokens
+
+log = logging.getLogger("coma_ds")
+
+CLASSES: dict[str, type[PreTrainedModel]] = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
+# A context in which the given parameters are whole on every rank (engine.full_parameters).
+Whole = Callable[..., AbstractContextManager]
+
+
+def resolve_model(path: str) -> str:
+    """A folder or hub name; ``builtin:NAME`` is a model shipped in the package.
+
+    Raises ``ValueError`` for a name that is not shipped, or a path-like name that is no folder.
+    """
+    if path.startswith("builtin:"):
+        folder = Path(str(resources.files("coma_ds.data"))) / "models" / path[len("builtin:") :]
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model.path {path!r}: no such model in the package")
+        return str(folder)
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "model" / "config.json").is_file():  # a finished run
+            return str(folder / "model")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model.path {path!r}: the folder has no config.json")
+        return path
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ValueError(f"model.path {path!r}: no such folder (a hub name is OWNER/NAME)")
+    return path
+
+
+def load_language_model(
+    source: str, *, weights: str, dtype: torch.dtype, sharding: dict | None, seed: int
+) -> PreTrainedModel:
+    """The ``...ForConditionalGeneration`` of ``source``, weights read or drawn from ``seed``.
+
+    ``sharding`` is the DeepSpeed config of a ZeRO-3 run: the weights are then read into shards.
+    Raises ``ValueError`` for a family that is not served, and for missing or unexpected weights,
+    with their names.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{source}: model family {config.model_type!r}, expected one of {', '.join(FAMILIES)}"
+        )
+    cls = CLASSES[config.model_type]
+    if weights == "random":
+        torch.manual_seed(seed)
+        return cls._from_config(config, attn_implementation="sdpa").to(dtype)
+    # transformers looks this object up while it loads; it is forgotten when the name goes.
+    sharded = HfDeepSpeedConfig(sharding) if sharding else None
+    model, info = cls.from_pretrained(
+        source, attn_implementation="sdpa", dtype=dtype, output_loading_info=True
+    )
+    del sharded
+    check_loaded(source, info)
+    return model
+
+
+def check_loaded(source: str, info: dict) -> None:
+    """Raise ``ValueError`` listing missing, unexpected or misshapen weights, if there are any."""
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(n) for n in info.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            problems.append(f"{kind.split('_')[0]}: {', '.join(names[:8])}{more}")
+    if problems:
+        raise ValueError(f"{source}: the weights do not fit the model, {'; '.join(problems)}")
+
+
+def set_trainable(model: CompressionModel, config: ModelConfig, *, matching: bool) -> None:
+    """Choose what has a gradient: adapter or language model, the K rows, the tower if asked for.
+
+    A parameter that no loss reaches stays frozen: the output matrix in stage 2 (where it is not
+    the embedding table as well), the pooling query in stage 1.
+    """
+    lm = model.backbone.lm
+    full = config.adapter == "none"
+    for name, parameter in lm.named_parameters():
+        if ".visual." in f".{name}":
+            parameter.requires_grad_(config.train_vision and ".lora_" not in name)
+        else:
+            parameter.requires_grad_(full or "lora_" in name)
+    tied = lm.lm_head.weight is lm.get_input_embeddings().weight
+    if matching and not tied:
+        lm.lm_head.weight.requires_grad_(False)
+    if model.tokens is not None:
+        model.tokens.requires_grad_(matching or model.bottleneck is not None)
+    model.pooling.requires_grad_(matching)
+
+
+def stored_tokens(lm: PreTrainedModel, extras: dict, count: int, whole: Whole) -> torch.Tensor | None:
+    """The rows [K, D] that an exported model holds in its embedding table, or None.
+
+    Raises ``ValueError`` when it holds another number of tokens.
+    """
+    if not extras.get("compression_tokens"):
+        return None
+    if extras["compression_tokens"] != count:
+        raise ValueError(
+            f"model.compression_tokens is {count}, but the model was trained with "
+            f"{extras['compression_tokens']}"
+        )
+    first = extras["first_id"]
+    table = lm.get_input_embeddings().weight
+    with whole([table]):
+        return table[first : first + count].detach().float().cpu().clone()
+
+
+def build_model(
+    config: ModelConfig,
+    match: MatchConfig,
+    *,
+    matching: bool,
+    source: str,
+    first_id: int,
+    extras: dict,
+    precision: str,
+    sharding: dict | None,
+    whole: Whole,
+    seed: int,
+    device: torch.device,
+) -> CompressionModel:
+    """Load, add adapter and tokens, choose what is trained.
+
+    ``first_id`` is the id of the first compression token, ``extras`` what the model folder says of
+    itself (``coma_ds.json``).  The tokens start from those of the folder if it has any, else from
+    the statistics of the embedding table.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    lm = load_language_model(
+        source, weights=config.weights, dtype=dtype, sharding=sharding, seed=seed
+    )
+    if config.family and lm.config.model_type != config.family:
+        raise ValueError(
+            f"model.family is {config.family!r}, but {source} is {lm.config.model_type!r}"
+        )
+    if config.adapter != "none":
+        torch.manual_seed(seed)
+        add_adapter(lm, config.lora, dora=config.adapter == "dora")
+    carrier = "split" if config.attention == "auto" else config.attention
+    arithmetic = config.arithmetic
+    if arithmetic == "auto":
+        arithmetic = "matmul" if device.type == "cpu" else "sdpa"
+    backbone = Backbone(lm, carrier, arithmetic)
+    tokens = None
+    if config.compression_tokens:
+        tokens = CompressionTokens(config.compression_tokens, backbone.width, first_id)
+        rows = stored_tokens(lm, extras, config.compression_tokens, whole)
+        if rows is None:
+            table = lm.get_input_embeddings().weight
+            with whole([table]):
+                tokens.initialise(table, seed)
+        else:
+            tokens.weight.data.copy_(rows)
+    temperature = None
+    if matching and match.learn_temperature:
+        temperature = Temperature(match.temperature)
+    model = CompressionModel(
+        backbone, tokens, Pooling(config.pooling, backbone.width), temperature, config.bottleneck
+    )
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_trainable(model, config, matching=matching)
+    return model.to(dtype)
+
+
+def trainable(model: nn.Module) -> Sequence[nn.Parameter]:
+    """The parameters that have a gradient."""
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,1 @@
+"""What is optimised: encode a chunk, loss, report.  Pure mathematics, no engine."""

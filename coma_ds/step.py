@@ -1,0 +1,151 @@
+"""How one batch becomes one optimizer step; knows chunks, not models.
+
+``accumulate`` for losses that add up over samples, ``grad_cache`` for losses over the whole batch
+(Gao et al., "Scaling deep contrastive learning batch size under memory limited setup", 2021).
+Both send the images through the tower once a step, on every rank, real or blank.
+
+Shapes: B own samples, E embedding width, F image tokens of the step, S feature levels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from coma_ds import comm
+from coma_ds.batch import Batch
+from coma_ds.config import ChunkConfig
+
+TOWER = 2**31  # the chunk number of the tower, for its random state
+
+
+def seed_chunk(seed: int, step: int, chunk: int, rank: int | None = None) -> None:
+    """Set every device's random state from (seed, step, rank, chunk): it can be replayed."""
+    rank = comm.rank() if rank is None else rank
+    key = f"{seed}/{step}/{rank}/{chunk}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
+
+
+def plan_chunks(batch: Batch, config: ChunkConfig, wanted: int | None = None):
+    """Groups of sample indices (int64 each), the longest samples first, as many on every rank.
+
+    A group holds at most ``config.samples`` samples, and at most ``config.tokens`` padded tokens
+    where that is set (one sample at least).  A rank with fewer groups than another cuts its
+    largest ones; a rank with fewer samples than groups gets empty groups.
+    """
+    order = torch.argsort(batch.sizes_B, descending=True, stable=True)
+    sizes = batch.sizes_B[order].tolist()
+    cuts, start = [], 0
+    for end in range(1, len(sizes) + 1):
+        full = end < len(sizes) and end - start == config.samples
+        # sizes[start] is the longest of the group: its padded width
+        over = config.tokens is not None and (end + 1 - start) * sizes[start] > config.tokens
+        if end == len(sizes) or full or over:
+            cuts.append((start, end))
+            start = end
+    if wanted is None:
+        wanted = comm.all_max(len(cuts), batch.input_ids_T.device)
+    while len(cuts) < wanted:
+        place = max(range(len(cuts)), key=lambda i: cuts[i][1] - cuts[i][0])
+        first, last = cuts[place]
+        middle = (first + last + 1) // 2
+        cuts[place : place + 1] = [(first, middle), (middle, last)]
+    return [order[a:b] for a, b in cuts]
+
+
+def _or_first(group: torch.Tensor) -> torch.Tensor:
+    """A group to run: an empty one runs sample 0, with weight zero."""
+    return group if len(group) else torch.zeros(1, dtype=torch.int64)
+
+
+def accumulate(engine, objective, batch: Batch, config: ChunkConfig, *, seed: int, step: int):
+    """Gradients of sum(loss of samples) / sum(weight), both over all chunks and ranks.
+
+    The report: means over the weight of what the objective sums.  Raises ``ValueError`` when no
+    rank has anything that carries weight.
+    """
+    groups = plan_chunks(batch, config)
+    own = torch.tensor([float(objective.weight(batch))], device=engine.device)
+    total = float(comm.all_sum(own))
+    if not total:
+        raise ValueError("the whole batch has no answer token: nothing to learn from")
+    trained = engine.model.vision_is_trained
+    features = None
+    if not trained:
+        with torch.no_grad():
+            features = engine(lambda m: m.embed_images(batch.images))
+    parts = batch.split([_or_first(g) for g in groups], with_images=trained)
+    sums: dict[str, torch.Tensor] = {}
+    for number, (part, group) in enumerate(zip(parts, groups)):
+        seed_chunk(seed, step, number)
+        counts = float(len(group) > 0)
+
+        def run(model, part=part, counts=counts):
+            seen = model.embed_images(part.images) if trained else features
+            loss, report = objective.loss(model, part, seen)
+            return loss * (counts * comm.world_size() / total), report
+
+        report = engine.forward_backward(run, last=number == len(parts) - 1)
+        for name, value in report.items():
+            sums[name] = sums.get(name, 0.0) + value.float() * counts
+    means = comm.all_sum(torch.stack(list(sums.values()))) / total
+    return dict(zip(sums, means.tolist()))
+
+
+def grad_cache(engine, objective, batch: Batch, config: ChunkConfig, *, seed: int, step: int):
+    """Gradients of a loss over the whole gathered batch, one chunk in memory at a time.
+
+    1. Images through the tower, once.  2. Every chunk without a graph: embeddings.  3. The loss
+    over all embeddings, and its gradient at each of them.  4. Every chunk again, with its graph
+    and the same random state, backward of (embeddings * gradient).sum().  A trained tower is a
+    second level of the same: its features collect a gradient over the chunks and it runs once
+    more at the end.  Returns the objective's report.
+    """
+    groups = plan_chunks(batch, config)
+    parts = batch.split([_or_first(g) for g in groups])
+    trained = engine.model.vision_is_trained
+    with torch.no_grad():
+        seed_chunk(seed, step, TOWER)
+        features = engine(lambda m: m.embed_images(batch.images))
+        encoded = []
+        for number, part in enumerate(parts):
+            seed_chunk(seed, step, number)
+            encoded.append(engine(lambda m, part=part: objective.encode(m, part, features)))
+
+    order = torch.cat(groups).to(engine.device)
+    rows = torch.cat([emb[: len(g)] for (emb, _), g in zip(encoded, groups)])
+    leaf_BE = torch.empty_like(rows).index_copy_(0, order, rows).requires_grad_()
+    temperature = encoded[0][1]
+    leaf_t = None if temperature is None else temperature.detach().requires_grad_()
+    loss, report = objective.loss(leaf_BE, leaf_t, batch)
+    loss.backward()
+
+    features.requires_grad_(trained)
+    for number, (part, group) in enumerate(zip(parts, groups)):
+        seed_chunk(seed, step, number)
+
+        def replay(model, part=part, group=group, first=number == 0):
+            emb, learned = objective.encode(model, part, features)
+            surrogate = (emb[: len(group)] * leaf_BE.grad[group.to(emb.device)]).sum()
+            if not len(group):
+                surrogate = (emb * 0.0).sum()
+            if learned is not None:
+                cached = leaf_t.grad if first else torch.zeros_like(leaf_t)
+                surrogate = surrogate + (learned * cached).sum()
+            if trained and first:
+                # ZeRO-3 (0.19.8) adds to last step's gradient of a parameter that has none in the
+                # first part of a step, so the tower gets a zero one here.
+                surrogate = surrogate + model.embed_images(None)[:, :0].sum()
+            return surrogate, None
+
+        engine.forward_backward(replay, last=number == len(parts) - 1 and not trained)
+    if trained:
+        seed_chunk(seed, step, TOWER)
+        cached = features.grad if features.grad is not None else torch.zeros_like(features)
+
+        def replay_tower(model):
+            return (model.embed_images(batch.images) * cached).sum(), None
+
+        engine.forward_backward(replay_tower, last=True)
+    return report

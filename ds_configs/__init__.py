@@ -1,0 +1,1 @@
+"""DeepSpeed JSON files: ZeRO mechanics only."""
