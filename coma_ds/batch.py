@@ -6,8 +6,9 @@ sample, I images, P patches, C values of a patch, F image tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Sequence
+from typing import Literal
 
 import torch
 
@@ -51,7 +52,7 @@ class ImageBatch:
 
 
 def ranges(lengths: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
-    """Positions covered by the spans ``picks`` of consecutive spans with ``lengths``, int64 [sum]."""
+    """Positions covered by the spans ``picks`` of consecutive spans, int64 [sum of lengths]."""
     starts = lengths.cumsum(0) - lengths
     count = lengths[picks]
     ends = count.cumsum(0)

@@ -14,8 +14,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-PRECISIONS = ("bf16", "fp32")
-
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -77,6 +75,7 @@ class DataConfig(Section):
     min_score: float | None = None
     workers: int = Field(1, ge=0)
     length: int = Field(100_000, ge=1)  # builtin: samples of an epoch
+    turns: tuple[int, int] = (3, 5)  # builtin dialogues: least and most
 
 
 class CompressConfig(Section):
@@ -120,7 +119,8 @@ class EvalConfig(Section):
     at_end: bool = True
     root: str | None = None  # an MMEB-eval folder; None: the built-in sets for built-in data
     image_root: str | None = None
-    sets: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()  # empty: all
+    along: tuple[str, ...] = ()  # the sets of evaluations on the way; empty: the same
     batch_size: int = Field(128, ge=1)
     bottleneck_questions: int = Field(200, ge=0)  # of each kind
 
@@ -144,7 +144,7 @@ class RunConfig(Section):
     output: str = "runs/demo/compress"
     init_from: str | None = None  # a finished run, or a model folder
     seed: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "autocast"] = "bf16"  # autocast: fp32 weights, bf16 products
     deepspeed: str = "zero3"  # a name in ds_configs/, or a JSON file
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

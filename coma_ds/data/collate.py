@@ -20,6 +20,8 @@ from coma_ds.data.records import IMAGE_MARK, Dialogue, Pair, Picture, Side
 
 log = logging.getLogger("coma_ds")
 
+TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
 
 @dataclass
 class Sample:
@@ -136,7 +138,7 @@ class Collator:
         ids: list[int] = []
         labels: list[int] = []
         for number, turn in enumerate(dialogue.turns):
-            question = p.encode(f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n")
+            question = p.encode(TURN.format(turn.question))
             answer = [*p.encode(turn.answer), p.turn_end]
             if prompt_only and number == len(dialogue.turns) - 1:
                 answer = []

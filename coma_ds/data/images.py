@@ -12,12 +12,13 @@ import io
 import os
 import re
 import stat
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from coma_ds.data.records import Picture
+from coma_ds.data.records import Dialogue, Pair, Picture
 
 MAX_PIXELS = 178_956_970
 """Width x height above which an image is refused from its header.
@@ -159,9 +160,6 @@ class BytesPicture:
     def __repr__(self) -> str:
         return f"BytesPicture({len(self.data)} bytes, {self.name!r})"
 
-    def check_exists(self) -> None:
-        """Nothing to find: the bytes are here."""
-
     def open(self) -> Image.Image:
         """The image, upright RGB. Raises ``ValueError`` as :func:`decode` does."""
         return decode(self.data, self.name)
@@ -208,6 +206,35 @@ def as_picture(value: Any, image_root: str | os.PathLike[str] | None, name: str)
         return FilePicture(image_root, value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def check_sample(reader: Sequence[Pair | Dialogue], rows: int | None = 64, opened: int = 8) -> None:
+    """Look for bad rows before a run: build rows spread over ``reader``, find their images.
+
+    Args:
+        reader: pairs or dialogues.
+        rows: how many rows, evenly spread; None for all.
+        opened: of how many of these rows the images are also decoded.
+
+    Raises:
+        ValueError: the first bad row or image.
+    """
+    count = len(reader) if rows is None else min(rows, len(reader))
+    for number in range(count):
+        sample = reader[number * len(reader) // count]
+        if isinstance(sample, Dialogue):
+            pictures = sample.images
+        else:
+            sides = (sample.query, sample.target, *sample.negatives)
+            pictures = tuple(picture for side in sides for picture in side.images)
+        for picture in pictures:
+            try:
+                if number * opened // count != (number - 1) * opened // count:
+                    picture.open()
+                elif isinstance(picture, FilePicture):
+                    picture.check_exists()
+            except ValueError as error:
+                raise ValueError(f"{sample.name}: {error}") from None
 
 
 def decode(data: bytes, name: str) -> Image.Image:

@@ -11,6 +11,7 @@ own in these columns is made known by ``<root>/sets.json``, a list of
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,8 @@ from coma_ds.data.mmeb_layout import (
 from coma_ds.data.records import IMAGE_MARK, Pair, RankingTask, Side, image_mark
 from coma_ds.data.tables import ArrowTable, require_columns
 
+log = logging.getLogger("coma_ds")
+
 _MARK = image_mark(0)
 _SUSPECT_PATH = r"^/|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z][A-Za-z0-9+.-]*:"
 
@@ -45,6 +48,8 @@ class MMEBTrain:
         subset: name of the set, as ``ImageNet_1K``.
         split: ``"original"`` or ``"diverse_instruction"``.
         limit: take the first rows only.
+        leave_out_empty: leave out rows whose query or target is empty, as the reference does,
+            and log how many, instead of an error.
 
     Raises:
         ValueError: no such set or split, a missing column, or, with file and row: an empty
@@ -58,6 +63,7 @@ class MMEBTrain:
         subset: str,
         split: str = "original",
         limit: int | None = None,
+        leave_out_empty: bool = False,
     ) -> None:
         table = open_set(root_or_hub, subset, split, TRAIN_COLUMNS)
         require_columns(
@@ -66,16 +72,19 @@ class MMEBTrain:
         self._table = table = table if limit is None else table.head(limit)
         self._image_root = image_root
         self._columns = [text_column(table, name) for name in TRAIN_COLUMNS]
+        self._rows = np.arange(len(table))
+        if leave_out_empty:
+            self._leave_out_empty(f"{root_or_hub}/{subset}")
         for at, name in enumerate(("query", "target", "negative")):
             texts, paths = self._columns[2 * at : 2 * at + 2]
-            _check_sides(texts, paths, image_root, table.where, name, may_be_empty=at == 2)
+            _check_sides(texts, paths, image_root, self._where, name, may_be_empty=at == 2)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._rows)
 
     def __getitem__(self, row: int) -> Pair:
-        if not 0 <= row < len(self._table):
-            raise IndexError(f"row {row} of {len(self._table)}")
+        if not 0 <= row < len(self._rows):
+            raise IndexError(f"row {row} of {len(self._rows)}")
         cells = [column[row].as_py() for column in self._columns]
         query, target, negative = (
             _side(mark_image(text, path), path, self._image_root)
@@ -85,8 +94,21 @@ class MMEBTrain:
             query=query,
             target=target,
             negatives=(negative,) if negative.text.strip() else (),
-            name=self._table.where(row),
+            name=self._where(row),
         )
+
+    def _where(self, row: int) -> str:
+        return self._table.where(int(self._rows[row]))
+
+    def _leave_out_empty(self, path: str) -> None:
+        query, target = (_empty(*self._columns[at : at + 2]) for at in (0, 2))
+        self._rows = np.flatnonzero(~(query | target))
+        self._columns = [column.take(pa.array(self._rows)) for column in self._columns]
+        left_out = len(query) - len(self._rows)
+        if left_out:
+            log.warning("%s: %d of %d rows are empty and left out", path, left_out, len(query))
+        if not len(self._rows):
+            raise ValueError(f"{path}: every row has an empty query or target")
 
 
 def mmeb_eval(
@@ -295,6 +317,11 @@ def _side(text: str, path: str, image_root: str | os.PathLike[str] | None) -> Si
     return Side(text, (FilePicture(image_root, path),) if path else ())  # type: ignore[arg-type]
 
 
+def _empty(texts: pa.Array, paths: pa.Array) -> np.ndarray:
+    blank = pc.and_(pc.equal(pc.utf8_trim_whitespace(texts), ""), pc.equal(paths, ""))
+    return blank.to_numpy(zero_copy_only=False)
+
+
 def _check_sides(
     texts: pa.Array,
     paths: pa.Array,
@@ -306,10 +333,13 @@ def _check_sides(
     """Raise ``ValueError`` for the first side that cannot be right, whole columns at a time."""
     shown = pc.not_equal(paths, "").to_numpy(zero_copy_only=False)
     marks = pc.count_substring_regex(texts, IMAGE_MARK.pattern).to_numpy()
-    empty = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False) & ~shown
+    empty = _empty(texts, paths)
     suspect = pc.match_substring_regex(paths, _SUSPECT_PATH).to_numpy(zero_copy_only=False)
     if empty.any() and not may_be_empty:
-        raise ValueError(f"{where(int(empty.argmax()))}: empty {what}, neither text nor image")
+        raise ValueError(
+            f"{where(int(empty.argmax()))}: empty {what}, neither text nor image "
+            f"({int(empty.sum())} such rows); give it one of them or leave the rows out"
+        )
     if shown.any() and image_root is None:
         row = int(shown.argmax())
         raise ValueError(

@@ -55,6 +55,12 @@ def mmeb_eval_sets(root_or_hub: str) -> list[str]:
 
 
 def open_set(root_or_hub: str, subset: str, split: str, columns: Sequence[str]) -> ArrowTable:
+    """The rows of one split of one set, with those of ``columns`` that exist.
+
+    Raises:
+        ValueError: no such folder, set or split (those that are there are named), or the hub
+            refuses.
+    """
     if not os.path.isdir(root_or_hub):
         if root_or_hub.count("/") != 1 or root_or_hub.startswith((".", "/", "~")):
             raise ValueError(
@@ -83,6 +89,11 @@ def _folders(root: str) -> list[str]:
 
 
 def group_and_domain(root_or_hub: str, subset: str) -> tuple[str, str]:
+    """Group and domain of a set: from ``sets.json`` at the root, else of the 36 of MMEB.
+
+    Raises:
+        ValueError: neither knows it, or ``sets.json`` has another form.
+    """
     index = _read_index(root_or_hub) if os.path.isdir(root_or_hub) else {}
     if subset in index:
         return index[subset]
@@ -123,23 +134,30 @@ def text_column(table: ArrowTable, name: str) -> pa.Array:
 
 
 def array_column(table: ArrowTable, name: str, kind: pa.DataType, what: str) -> pa.Array:
+    """A column as one Arrow array of ``kind``, string or list of strings; null if not there.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     if name not in table.columns:
         return pa.nulls(len(table), kind)
     column = table.arrow.column(name)
-    if pa.types.is_list(kind) != _is_list(column.type) and not pa.types.is_null(column.type):
+    inner, depth = column.type, 0
+    while _is_list(inner):
+        inner, depth = inner.value_type, depth + 1
+    fits = depth == int(pa.types.is_list(kind)) and (_is_text(inner) or pa.types.is_null(inner))
+    if not fits and not pa.types.is_null(column.type):
         raise ValueError(
             f"{table.where(0)}: column {name!r} must hold {what}, it holds {column.type}"
         )
-    try:
-        column = column.cast(kind)
-    except pa.ArrowException:
-        raise ValueError(
-            f"{table.where(0)}: column {name!r} must hold {what}, it holds {column.type}"
-        ) from None
-    return column.combine_chunks()
+    return column.cast(kind).combine_chunks()
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)

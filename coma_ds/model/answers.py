@@ -46,15 +46,17 @@ class AnswerHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over the rows of the cross-entropy (or of KL(teacher || student)), and right rows.
 
-        ``hidden_RD`` predicts ``labels_R`` (int64).  Both results are float32 scalars (float64 for float64 states); without
-        rows they are zeros that still reach every parameter, which ZeRO needs on every rank.
+        ``hidden_RD`` predicts ``labels_R`` (int64).  Both results are float32 scalars (float64 for
+        float64 states); without rows they are zeros that still reach every parameter, which ZeRO
+        needs on every rank.
         """
         count = max(1, MAX_LOGITS // self.weight.shape[0])
         if len(hidden_RD) == 0:
             return _wide(F.linear(hidden_RD, self.weight)).sum(), labels_R.sum().float()
         total, right = 0.0, 0
         teachers = teacher_RD.split(count) if teacher_RD is not None else None
-        for place, (hidden, labels) in enumerate(zip(hidden_RD.split(count), labels_R.split(count))):
+        parts = zip(hidden_RD.split(count), labels_R.split(count))
+        for place, (hidden, labels) in enumerate(parts):
             args = (hidden, labels, teachers[place] if teachers else None)
             if len(hidden_RD) > count and torch.is_grad_enabled():
                 loss, hits = checkpoint(self._chunk, *args, use_reentrant=False)

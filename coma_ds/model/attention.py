@@ -14,8 +14,10 @@ Layouts take query [B, H, L, d], key and value [B, G, L, d] and return [B, H, L,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Literal, Protocol
+from itertools import pairwise
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ class Arithmetic(Protocol):
 
 
 def sdpa(query, key, value, scale, mask=None, causal=False):
-    """Torch's fused attention; grouped heads are expanded where the device has no grouped kernel."""
+    """Torch's fused attention; grouped heads are expanded on a CPU, which has no such kernel."""
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.device.type == "cpu":
         groups = query.shape[1] // key.shape[1]
@@ -193,7 +195,7 @@ def _text_attention(module, query, key, value, attention_mask, scaling, layout: 
 def _vision_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
     """Attention inside each span of [1, H, T, d]; spans of equal length share one call."""
     bounds = cu_seq_lens_q.tolist()
-    lengths = [b - a for a, b in zip(bounds, bounds[1:])]
+    lengths = [b - a for a, b in pairwise(bounds)]
     arithmetic = sdpa if query.is_cuda or max(lengths) > 128 else matmul
     _, heads, total, width = query.shape
     if len(set(lengths)) == 1:
@@ -205,7 +207,7 @@ def _vision_attention(module, query, key, value, attention_mask, scaling, cu_seq
         return out.transpose(1, 2).reshape(1, total, heads, width), None
     out = query.new_empty(total, heads, width)
     for length in sorted(set(lengths)):
-        starts = [a for a, b in zip(bounds, bounds[1:]) if b - a == length]
+        starts = [a for a, b in pairwise(bounds) if b - a == length]
         rows = torch.tensor(starts, device=query.device)[:, None]
         rows = rows + torch.arange(length, device=query.device)
         picked = [x[0].transpose(0, 1)[rows].transpose(1, 2) for x in (query, key, value)]

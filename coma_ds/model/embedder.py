@@ -5,7 +5,8 @@ Shapes: B samples, K compression tokens, R answer rows, D width, F image tokens,
 
 from __future__ import annotations
 
-from typing import Callable, Literal, TypeVar
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -47,6 +48,7 @@ class CompressionModel(nn.Module):
         pooling: Pooling,
         temperature: Temperature | None = None,
         bottleneck: Bottleneck = "kv",
+        autocast: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -54,12 +56,15 @@ class CompressionModel(nn.Module):
         self.pooling = pooling
         self.temperature = temperature
         self.bottleneck = bottleneck
+        self.autocast = autocast
         self.answers = AnswerHead(backbone.lm.lm_head.weight)
         if tokens is not None:
             tokens.attach(backbone.lm.get_input_embeddings())
 
     def forward(self, call: Callable[[CompressionModel], Result]) -> Result:
-        return call(self)
+        device = self.answers.weight.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+            return call(self)
 
     @property
     def vision_is_trained(self) -> bool:

@@ -120,7 +120,9 @@ def set_trainable(model: CompressionModel, config: ModelConfig, *, matching: boo
     model.pooling.requires_grad_(matching)
 
 
-def stored_tokens(lm: PreTrainedModel, extras: dict, count: int, whole: Whole) -> torch.Tensor | None:
+def stored_tokens(
+    lm: PreTrainedModel, extras: dict, count: int, whole: Whole
+) -> torch.Tensor | None:
     """The rows [K, D] that an exported model holds in its embedding table, or None.
 
     Raises ``ValueError`` when it holds another number of tokens.
@@ -188,7 +190,12 @@ def build_model(
     if matching and match.learn_temperature:
         temperature = Temperature(match.temperature)
     model = CompressionModel(
-        backbone, tokens, Pooling(config.pooling, backbone.width), temperature, config.bottleneck
+        backbone,
+        tokens,
+        Pooling(config.pooling, backbone.width),
+        temperature,
+        config.bottleneck,
+        autocast=precision == "autocast",
     )
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

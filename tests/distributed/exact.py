@@ -67,8 +67,12 @@ def compress_batch(case: Case, step: int, rank: int):
         if rank == 1 and i in (1, 4):
             answers, length = [], 20  # the longest ones: they share the first chunk
         samples.append(
-            {"images": [(2, 2 + (i + rank) % 3)], "text": i % 2, "dialogue": length,
-             "answers": answers}
+            {
+                "images": [(2, 2 + (i + rank) % 3)],
+                "text": i % 2,
+                "dialogue": length,
+                "answers": answers,
+            }
         )
     return make_batch(samples, case.family, seed=100 * step + 10 * rank + 1)
 

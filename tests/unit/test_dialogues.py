@@ -45,10 +45,11 @@ def test_llava_jsonl(tmp_path: Path) -> None:
         _row(id="x1"),
         _row(image=["a.png", "b.png"], conversations=talk, instruction="Look."),
         _row(conversations=_talk("What is it?\n<image>", "A fox.")),
+        _row(conversations=_talk("<image> What is it?", "A fox.")),
     )
     data = DialogueFile(path, tmp_path)
-    assert len(data) == 3
-    first, second, third = data
+    assert len(data) == 4
+    first, second, third, fourth = data
     assert first.name == f"{path} line 1 (id x1)"
     assert [(t.question, t.answer, t.kind) for t in first.turns] == [("What?", "A fox.", "qa")]
     assert first.images[0].open().getpixel((0, 0)) == (255, 0, 0)
@@ -58,7 +59,7 @@ def test_llava_jsonl(tmp_path: Path) -> None:
     ]
     assert [p.open().getpixel((0, 0)) for p in second.images] == [(255, 0, 0), (0, 0, 255)]
     assert second.instruction == "Look." and first.instruction == ""
-    assert third.turns[0].question == "What is it?"
+    assert third.turns[0].question == "What is it?" == fourth.turns[0].question
     assert len(DialogueFile(path, tmp_path, limit=2)) == 2
     with pytest.raises(IndexError):
         DialogueFile(path, tmp_path, limit=2)[2]
@@ -110,6 +111,7 @@ def test_parquet_with_lists_and_a_file_larger_than_memory_allows(
     monkeypatch.setattr("coma_ds.data.tables.MAPPED_FROM_BYTES", 0)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     mapped = [(d.turns, [p.digest() for p in d.images], d.name) for d in DialogueFile(path)]
+    assert list((tmp_path / "cache").rglob("*.arrow"))
     assert mapped == read and len(read) == 5 and len(read[0][1]) == 2
 
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from coma_ds.data import images
-from coma_ds.data.images import BytesPicture, FilePicture, as_picture, decode
+from coma_ds.data.images import BytesPicture, FilePicture, as_picture, check_sample, decode
+from coma_ds.data.records import Dialogue, Pair, Side, Turn
 
 # left half red, right half blue: turns and flips are visible
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -83,7 +84,7 @@ def test_modes_become_rgb() -> None:
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
-    deep = Image.fromarray(np.full((4, 4), 257 * 100, dtype=np.uint16))
+    deep = Image.fromarray(np.full((4, 4), 257 * 100 + 28, dtype=np.uint16))
     assert decode(_png(deep), "x").getpixel((0, 0)) == (100, 100, 100)
     assert decode(_encoded(deep, "TIFF"), "x").getpixel((0, 0)) == (100, 100, 100)
 
@@ -213,7 +214,7 @@ def test_broken_bytes_are_named() -> None:
         with pytest.raises(ValueError, match=r"image row 7 (is truncated|cannot be decoded)"):
             decode(whole[: len(whole) // 2], "row 7")
     with pytest.raises(ValueError, match="image row 7 cannot be decoded"):
-        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n", "row 7")
+        decode(_encoded(_halves(), "TGA"), "row 7")  # Pillow could, but it is not on our list
     with pytest.raises(ValueError, match="image row 7 has no bytes"):
         BytesPicture(b"", "row 7")
 
@@ -263,3 +264,33 @@ def test_as_picture() -> None:
         as_picture("/a.png", "/images", "file.jsonl line 3")
     with pytest.raises(ValueError, match=r"r: an image is a path, bytes or .* got int '3'"):
         as_picture(3, "/images", "r")
+
+
+def test_check_sample(tmp_path: object) -> None:
+    root = os.fspath(tmp_path)
+    data = _png()
+    for row in range(20):
+        with open(os.path.join(root, f"{row}.png"), "wb") as file:
+            file.write(data)
+
+    def pair(row: int) -> Pair:
+        side = Side("<|image_1|>", (FilePicture(root, f"{row}.png"),))
+        return Pair(Side("q"), Side("t"), (side,), name=f"line {row}")
+
+    def talk(row: int) -> Dialogue:
+        return Dialogue((FilePicture(root, f"{row}.png"),), (Turn("q", "a"),), name=f"line {row}")
+
+    for make in (pair, talk):
+        reader = [make(row) for row in range(20)]
+        check_sample(reader)
+        os.rename(os.path.join(root, "13.png"), os.path.join(root, "away"))
+        for count in (None, 20, 64):
+            with pytest.raises(ValueError, match=r"line 13: image .*13\.png does not exist"):
+                check_sample(reader, rows=count, opened=0)
+        check_sample(reader, rows=2, opened=2)
+        os.rename(os.path.join(root, "away"), os.path.join(root, "13.png"))
+    with open(os.path.join(root, "0.png"), "wb") as file:
+        file.write(data[:40])
+    check_sample(reader, opened=0)
+    with pytest.raises(ValueError, match=r"line 0: image .*0\.png cannot be decoded"):
+        check_sample(reader, opened=1)

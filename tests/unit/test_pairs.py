@@ -118,6 +118,12 @@ def test_formats_read_the_same(root: Path, kind: str) -> None:
     assert _plain(pickle.loads(pickle.dumps(data))[2]) == _plain(data[2])
 
 
+def test_texts_of_csv_stay_as_they_are(root: Path) -> None:
+    rows = [{"query": text, "target": text} for text in ("null", "NA", '["a"]', " 1.0", "true")]
+    data = PairFile(_write(root, "csv", rows))
+    assert [pair.query.text for pair in data] == [row["query"] for row in rows]
+
+
 def test_bytes_in_parquet(root: Path) -> None:
     table = pa.table(
         {

@@ -140,6 +140,17 @@ def test_passes_seeds_and_sources_differ() -> None:
     assert BatchOrder({"a": 64, "b": 64}, 64, 32, seed=2).global_batch(0) != batches[0]
 
 
+def test_order_of_sources_changes_from_round_to_round() -> None:
+    names = {f"s{i}": 50 for i in range(5)}
+    uniform = BatchOrder(names, 10, 2, seed=4)
+    rounds = {tuple(s for s, _ in uniform.global_batch(step)[::2]) for step in range(8)}
+    assert len(rounds) > 4 and all(sorted(r) == [0, 1, 2, 3, 4] for r in rounds)
+    epochs = BatchOrder(names, 10, 2, "proportional", seed=4)
+    first = epochs.steps_per_epoch
+    sources = [[s for s, _ in epochs.global_batch(step)] for step in range(2 * first)]
+    assert sources[:first] != sources[first:]
+
+
 def test_walk_of_a_source_does_not_depend_on_the_others() -> None:
     alone = BatchOrder({"a": 40, "b": 40}, 20, 10, seed=5)
     more = BatchOrder({"b": 40, "c": 90, "a": 40}, 30, 10, seed=5)

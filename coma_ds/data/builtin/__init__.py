@@ -3,7 +3,9 @@
 ``build.py`` makes the data files next to this module; ``NOTICE.md`` says whose work they are.
 """
 
+from coma_ds.data.builtin.baseline import pixel_baseline
 from coma_ds.data.builtin.dialogues import BottleneckQuestions, BuiltinDialogues
+from coma_ds.data.builtin.evaluation_sets import write_mmeb_eval
 from coma_ds.data.builtin.pairs import BuiltinPairs
 from coma_ds.data.builtin.pictures import (
     TEST_STYLE,
@@ -24,4 +26,6 @@ __all__ = [
     "CropPicture",
     "PictureSet",
     "ScenePicture",
+    "pixel_baseline",
+    "write_mmeb_eval",
 ]

@@ -9,13 +9,14 @@ from PIL import Image
 def pixel_baseline(image: Image.Image, side: int = 16) -> np.ndarray:
     """The embedding of an image by its pixels: float32 [3 * side * side], unit norm.
 
-    The image is made RGB, shrunk to ``side`` x ``side`` by averaging and centred by its mean;
-    cosine similarity of two such vectors is the baseline.  A plain image gives a zero vector.
+    The image is made RGB, shrunk to ``side`` x ``side`` by averaging and centred by the mean of
+    each channel; the cosine similarity of two such vectors is the baseline.  An image of one
+    colour gives a zero vector.
     """
     if side < 1:
         raise ValueError(f"side is {side}, expected at least 1")
     small = image.convert("RGB").resize((side, side), Image.Resampling.BOX)
-    pixels = np.asarray(small, dtype=np.float32).ravel()
-    pixels = pixels - pixels.mean()
+    pixels_HWC = np.asarray(small, dtype=np.float32)
+    pixels = (pixels_HWC - pixels_HWC.mean((0, 1))).ravel()
     norm = float(np.linalg.norm(pixels))
-    return pixels / norm if norm > 0 else pixels
+    return pixels / norm if norm > 1e-3 else np.zeros_like(pixels)

@@ -23,7 +23,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from coma_ds.data.builtin import mapping
+from coma_ds.data.builtin.colours import dominant_colour
 from coma_ds.data.builtin.notice import notice_text
+from coma_ds.data.builtin.pictures import decode
 
 LOGGER = logging.getLogger("coma_ds")
 
@@ -40,6 +42,15 @@ LANGUAGES = ("de", "es", "fi", "fr", "it", "ja", "nl", "pl", "pt", "ru", "sv", "
 SHORTCODES = ("cldr", "emojibase", "iamcal", "joypixels", "github", "emojibase-legacy")
 SIZE = 64
 HELD_OUT_ONE_IN = 10
+PICTURE_COLUMNS = pa.schema(
+    {
+        "style": pa.string(),
+        "code": pa.string(),
+        "image": pa.binary(),
+        "colour": pa.string(),
+        "colour_share": pa.float32(),
+    }
+)
 
 # Names that mislead, corrected by eye: the concept that the drawing shows, or None to leave it out.
 BY_EYE: Mapping[str, Mapping[str, str | None]] = {
@@ -202,21 +213,24 @@ def build(folder: Path) -> None:
         annotations = fetch(ANNOTATIONS_PACKAGE, Path(scratch))
         entries = mapping.base_entries(read_json(annotations / "en/data.json"))
         matched = match_styles(packages, annotations, entries)
-        rows: dict[str, list] = {"style": [], "code": [], "image": []}
+        rows: dict[str, list] = {name: [] for name in PICTURE_COLUMNS.names}
         for style, names in matched.items():
             icons = read_json(packages[style] / "icons.json")
             for code, name in names.items():
                 rows["style"].append(style)
                 rows["code"].append(code)
                 rows["image"].append(render(icons, name))
+                word, share = dominant_colour(decode(rows["image"][-1]))
+                rows["colour"].append(word)
+                rows["colour_share"].append(share)
             LOGGER.info("%s: %d pictures", style, len(names))
-        pictures = pa.table(rows)
+        pictures = pa.table(rows, schema=PICTURE_COLUMNS)
         concepts = concept_table(annotations, entries)
     pq.write_table(
         pictures,
         folder / "pictures.parquet",
         compression="zstd",
-        use_dictionary=["style", "code"],
+        use_dictionary=["style", "code", "colour"],
         write_statistics=False,
     )
     pq.write_table(concepts, folder / "concepts.parquet", compression="zstd")

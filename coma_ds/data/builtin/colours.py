@@ -24,7 +24,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 WHITE = BACKGROUNDS["white"]
 COLOUR_WORDS: tuple[str, ...] = tuple(BACKGROUNDS)
-_JITTER = 6  # of a background, per channel; small enough that its word stays the same
+_JITTER = 6  # of a background, levels; small enough that its word stays the same
 _OPAQUE = 128
 
 
@@ -50,7 +50,7 @@ def colour_ids(rgb: np.ndarray) -> np.ndarray:
     pale = saturation < np.where((hue > 150) & (hue < 280), 0.2, 0.12)
     warm = (hue >= 12) & (hue < 68)
     rules = [
-        (value < 0.2, "black"),
+        ((value < 0.2) | ((value < 0.3) & (saturation < 0.45)), "black"),
         (pale & (value > 0.92), "white"),
         (pale & (value < 0.33), "black"),
         (pale, "gray"),
@@ -67,7 +67,7 @@ def colour_ids(rgb: np.ndarray) -> np.ndarray:
         ((hue >= 292) & (hue < 330) & (value < 0.6), "purple"),
         ((hue >= 292) & (hue < 342), "pink"),
         ((saturation < 0.55) & (value > 0.7), "pink"),
-        ((value < 0.45), "brown"),
+        ((value < 0.45) | (saturation < 0.5), "brown"),
     ]
     masks = [mask for mask, _ in rules]
     return np.select(
@@ -93,7 +93,8 @@ def background_rgb(word: str, rng: random.Random | None = None) -> tuple[int, in
     base = BACKGROUNDS[word]
     if rng is None or word == "white":
         return base
-    return tuple(channel + rng.randint(-_JITTER, _JITTER) for channel in base)
+    offset = rng.randint(-_JITTER, _JITTER)
+    return tuple(min(255, channel + offset) for channel in base)
 
 
 def random_background(rng: random.Random, avoid: str = "", white_share: float = 0.5) -> str:

@@ -12,6 +12,7 @@ from coma_ds.data.builtin.concepts import load_concepts
 from coma_ds.data.builtin.pictures import TEST_STYLE, TRAINING_STYLES, PictureSet
 from coma_ds.data.builtin.turns import (
     SCENE_KINDS,
+    Facts,
     Pool,
     draw_picture,
     draw_scene,
@@ -21,21 +22,34 @@ from coma_ds.data.builtin.turns import (
 from coma_ds.data.records import Dialogue, Turn
 
 FORMATS = ("multi_turn", "single_turn", "description", "caption")
-# Beside name and tags, which every multi-turn dialogue about one picture asks for.
-OTHER_KINDS = {
+NAMED_SHARE = 0.88
+# Beside the name and tags, which a dialogue with the name always asks for.
+NAMED_KINDS = {
     "subgroup": 1.0,
     "group": 0.7,
     "colour": 0.8,
     "background": 0.5,
     "style": 0.4,
-    "yesno": 0.9,
     "other_language": 0.5,
-    "reverse": 0.9,
+    "reverse_tag": 0.6,
+    "yesno_tag": 0.5,
+    "yesno_colour": 0.2,
+    "yesno_background": 0.2,
 }
-SINGLE_KINDS = {**OTHER_KINDS, "name": 3.0, "tags": 1.2, "tag": 1.0}
-# Turns that give the name away come late, or the name would be read and not seen.
-_LATENESS = {"name": 0.0, "yesno": 0.9, "reverse": 0.9, "other_language": 0.8}
-_USUAL_LATENESS = 0.3
+# Of a dialogue without it.  Both kinds do not mix: whichever came first would give the other away.
+UNNAMED_KINDS = {
+    "reverse": 1.2,
+    "yesno": 1.2,
+    "tag": 0.6,
+    "subgroup": 0.8,
+    "group": 0.5,
+    "colour": 0.4,
+    "yesno_group": 0.3,
+}
+SINGLE_KINDS = {**NAMED_KINDS, **UNNAMED_KINDS, "name": 4.5, "tags": 2.0, "tag": 1.5}
+# Mean place in a dialogue: a name in another language comes after the name.
+_PLACE = {"name": 0.0, "other_language": 0.8}
+_USUAL_PLACE = 0.3
 DEFAULT_LENGTH = 100_000
 
 
@@ -71,7 +85,8 @@ class BuiltinDialogues(Sequence[Dialogue]):
 
     Item i is about drawing ``i % number of drawings`` (or a scene that holds it), and further
     rounds ask other things on other backgrounds, so ``length`` may be as large as one likes.
-    ``format`` is one of ``FORMATS``; ``turns`` (least, most) counts for ``multi_turn`` only;
+    ``format`` is one of ``FORMATS``; ``turns`` (least, most) counts for ``multi_turn`` only, and a
+    dialogue has fewer when there is nothing more to ask;
     ``scenes`` is the share of scenes among multi-turn and single-turn dialogues.
     """
 
@@ -109,24 +124,27 @@ class BuiltinDialogues(Sequence[Dialogue]):
         if rng.random() < self.scenes:
             return self._scene(style, code, index, rng)
         picture, facts = draw_picture(style, code, rng, self.augment)
-        turns = []
-        for kind in self._kinds(rng):
+        turns = self._turns(facts, rng)
+        return Dialogue((picture,), turns, name=f"builtin dialogue {index} ({picture.name})")
+
+    def _turns(self, facts: Facts, rng: random.Random) -> tuple[Turn, ...]:
+        if self.format in ("description", "caption"):
+            return (picture_turn(self.format, facts, rng, self._pool),)
+        if self.format == "single_turn":
+            count, must, weights = 1, [], SINGLE_KINDS
+        else:
+            count = rng.randint(*self.turns)
+            named = rng.random() < NAMED_SHARE
+            must = ["name", rng.choice(("tags", "tag"))] if named else ["tags"]
+            weights = NAMED_KINDS if named else UNNAMED_KINDS
+        placed: list[tuple[float, Turn]] = []
+        for kind in [*must, *sample_kinds(weights, len(weights), rng)]:
+            if len(placed) == count:
+                break
             turn = picture_turn(kind, facts, rng, self._pool)
             if turn is not None:
-                turns.append(turn)
-        if not turns:
-            turns = [picture_turn("name", facts, rng, self._pool)]
-        return Dialogue((picture,), tuple(turns), name=f"builtin dialogue {index} ({picture.name})")
-
-    def _kinds(self, rng: random.Random) -> list[str]:
-        if self.format in ("description", "caption"):
-            return [self.format]
-        if self.format == "single_turn":
-            return sample_kinds(SINGLE_KINDS, 1, rng)
-        count = rng.randint(*self.turns)
-        kinds = ["name", rng.choice(("tags", "tag"))][:count]
-        kinds += sample_kinds(OTHER_KINDS, count - len(kinds), rng)
-        return sorted(kinds, key=lambda kind: _LATENESS.get(kind, _USUAL_LATENESS) + rng.random())
+                placed.append((_PLACE.get(kind, _USUAL_PLACE) + rng.random(), turn))
+        return tuple(turn for _, turn in sorted(placed, key=lambda entry: entry[0]))
 
     def _scene(self, style: str, code: str, index: int, rng: random.Random) -> Dialogue:
         keys = [(style, code)]

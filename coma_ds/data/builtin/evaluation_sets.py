@@ -11,220 +11,130 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coma_ds.data.builtin.colours import COLOUR_WORDS, WHITE
-from coma_ds.data.builtin.concepts import LANGUAGES, SPOKEN_LANGUAGES, load_concepts
-from coma_ds.data.builtin.pairs import TEXTS, picture_side, tags_query
-from coma_ds.data.builtin.pictures import (
-    TEST_STYLE,
-    TRAINING_STYLES,
-    BuiltinPicture,
-    CropPicture,
-    PictureSet,
-)
-from coma_ds.data.builtin.templates import AT_PLACES, NUMBERS
-from coma_ds.data.builtin.turns import CLEAR_COLOUR, Pool, draw_picture, draw_scene, facts_of
-from coma_ds.data.builtin.turns import picture_turn, scene_turn
+from coma_ds.data.builtin.evaluation_rows import TASKS, EvaluationRows, Row
 from coma_ds.data.records import Picture, Side
 
 FILE = "test-00000-of-00001.parquet"
-QUERIES = 300  # of every set but name_t2i, which asks for every picture
-SCENES = 100
-CHOICES = 100  # candidates where the answer is one of very many labels
-LEAST_TAGS = 3
-
-Row = tuple[Side, Side, Sequence[Side]]  # query, gold, and all candidates (the gold too)
+INDEX = "sets.json"
+IMAGES = "images"
+HALVES = {"seen": "IND", "unseen": "OOD"}
 
 
-class _Half:
-    """The drawings of the test style of seen or of held-out concepts, and the sets over them."""
+class _ImageFiles:
+    """Writes every picture once, as a PNG named by its content."""
 
-    def __init__(self, held_out: bool) -> None:
-        self.held_out = held_out
-        self.concepts = load_concepts()
-        self.pictures = PictureSet.load()
-        self.pool = Pool.load(held_out)
-        self.codes = [c for c in self.pictures.codes(TEST_STYLE)
-                      if self.concepts[c].held_out == held_out]
-        self.white = {code: self._white(TEST_STYLE, code) for code in self.codes}
-        self.gallery = list(self.white.values())
-        self.labels = [Side(self.concepts[code].label) for code in self.codes]
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written: set[str] = set()
+
+    def path(self, side: Side) -> str:
+        """The path of a side's picture relative to the image root, "" when it has none."""
+        if not side.images:
+            return ""
+        (picture,) = side.images
+        name = picture.digest().hex()
+        path = f"{name[:2]}/{name[2:18]}.png"
+        if path not in self._written:
+            self._written.add(path)
+            self._write(picture, self._folder / path)
+        return path
 
     @staticmethod
-    def _white(style: str, code: str) -> Side:
-        return picture_side(BuiltinPicture(style, code, WHITE))
+    def _write(picture: Picture, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.open().save(file, "PNG", compress_level=1)
 
-    def _rng(self, task: str) -> random.Random:
-        return random.Random(f"evaluation/{task}/{self.held_out}")
 
-    def _sample(self, task: str, codes: Iterable[str] | None = None) -> list[str]:
-        codes = list(self.codes if codes is None else codes)
-        return self._rng(task).sample(codes, min(QUERIES, len(codes)))
+def _candidate_lists(rows: Sequence[Row]) -> tuple[list[Side], np.ndarray, np.ndarray]:
+    """The distinct candidates of a set, and the lists as flat positions with their offsets.
 
-    def _ask(self, task: str, code: str, **parts: str) -> Side:
-        return Side(TEXTS[task].format(**parts), self.white[code].images)
+    Gold first; then the other candidates in their order, without those equal to the gold one
+    in content.  Positions are int64 [sum of lengths], offsets int32 [rows + 1].
+    """
+    pool: dict[int, Side] = {}
+    place: dict[int, int] = {}
+    ids: dict[int, np.ndarray] = {}  # by identity of the list, which rows share
 
-    def _classes(self, task: str, answer: Callable[[str], str], words: Iterable[str],
-                 codes: Iterable[str] | None = None) -> list[Row]:
-        sides = {word: Side(word) for word in words}
-        return [(self._ask(task, code), sides[answer(code)], list(sides.values()))
-                for code in self._sample(task, codes)]
+    def position(side: Side) -> int:
+        content = side.content_id()
+        if content not in place:
+            place[content] = len(pool)
+            pool[content] = side
+        return place[content]
 
-    def group_cls(self) -> list[Row]:
-        groups = sorted({concept.group for concept in self.concepts.values()})
-        return self._classes("group_cls", lambda code: self.concepts[code].group, groups)
+    flat = []
+    for _, gold, candidates in rows:
+        if id(candidates) not in ids:
+            ids[id(candidates)] = np.unique([position(side) for side in candidates])
+        all_of_them = ids[id(candidates)]
+        first = position(gold)
+        flat.append(np.concatenate(([first], all_of_them[all_of_them != first])))
+    offsets = np.cumsum([0, *map(len, flat)]).astype(np.int32)
+    return list(pool.values()), np.concatenate(flat), offsets
 
-    def subgroup_cls(self) -> list[Row]:
-        subgroups = sorted({concept.subgroup for concept in self.concepts.values()})
-        return self._classes("subgroup_cls", lambda c: self.concepts[c].subgroup, subgroups)
 
-    def colour_cls(self) -> list[Row]:
-        colour = {code: self.pictures.colour(TEST_STYLE, code) for code in self.codes}
-        clear = [code for code in self.codes if colour[code][1] >= CLEAR_COLOUR]
-        return self._classes("colour_cls", lambda code: colour[code][0], COLOUR_WORDS, clear)
+def _table(rows: Sequence[Row], images: _ImageFiles) -> pa.Table:
+    pool, flat, offsets = _candidate_lists(rows)
+    texts = pa.array([side.text for side in pool]).take(pa.array(flat))
+    paths = pa.array([images.path(side) for side in pool]).take(pa.array(flat))
+    return pa.table(
+        {
+            "qry_text": [query.text for query, _, _ in rows],
+            "qry_img_path": [images.path(query) for query, _, _ in rows],
+            "tgt_text": pa.ListArray.from_arrays(pa.array(offsets), texts),
+            "tgt_img_path": pa.ListArray.from_arrays(pa.array(offsets), paths),
+        }
+    )
 
-    def _turns(self, task: str, kind: str, white_share: float = 1.0):
-        """(query, turn, code, rng) for questions of a kind in the plain wording of training."""
-        rng = self._rng(task)
-        for code in self._sample(task):
-            picture, facts = draw_picture(TEST_STYLE, code, rng, False, white_share)
-            turn = picture_turn(kind, facts, rng, self.pool, plain=True)
-            query = Side(TEXTS["vqa"].format(question=turn.question), (picture,))
-            yield query, turn, code, rng
 
-    def vqa_yesno(self) -> list[Row]:
-        words = {word: Side(word) for word in ("yes", "no")}
-        return [(query, words[turn.answer], list(words.values()))
-                for query, turn, _, _ in self._turns("vqa_yesno", "yesno")]
+def write_mmeb_eval(root: Path) -> list[str]:
+    """Write all evaluation sets below ``root`` and return their names, like ``name_t2i/seen``.
 
-    def vqa_background(self) -> list[Row]:
-        words = {word: Side(word) for word in COLOUR_WORDS}
-        return [(query, words[turn.answer], list(words.values()))
-                for query, turn, _, _ in self._turns("vqa_background", "background", 0.0)]
+    A finished ``root`` is left as it is.  The files are written to a temporary folder beside it
+    and moved in one step, so ``root`` is never half written; the same data give the same files.
+    """
+    root = Path(root)
+    if (root / INDEX).is_file():
+        return _names(root)
+    if root.exists():
+        raise ValueError(f"{root} exists but holds no {INDEX}; give an empty place or remove it")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial)
+        try:
+            partial.rename(root)
+        except OSError:
+            if not (root / INDEX).is_file():  # unless another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _names(root)
 
-    def _choices(self, rng: random.Random, sides: Sequence[Side], first: Sequence[Side]):
-        more = rng.sample(sides, min(CHOICES, len(sides)))
-        return [*first, *(side for side in more if side not in first)][:CHOICES]
 
-    def vqa_reverse(self) -> list[Row]:
-        rows = []
-        for query, turn, _, rng in self._turns("vqa_reverse", "reverse"):
-            gold = Side(turn.answer)
-            named = [side for side in self.labels if side.text in turn.question]
-            rows.append((query, gold, self._choices(rng, self.labels, [gold, *named])))
-        return rows
+def _names(root: Path) -> list[str]:
+    return [entry["name"] for entry in json.loads((root / INDEX).read_text())]
 
-    def vqa_language(self) -> list[Row]:
-        rows = []
-        rng = self._rng("vqa_language")
-        names = {language: [Side(self.concepts[c].names[language]) for c in self.codes]
-                 for language in SPOKEN_LANGUAGES}
-        for code in self._sample("vqa_language"):
-            language = rng.choice(SPOKEN_LANGUAGES)
-            question = f"What is it in {LANGUAGES[language]}?"
-            gold = Side(self.concepts[code].names[language])
-            rows.append((self._ask("vqa", code, question=question), gold, names[language]))
-        return rows
 
-    def _scenes(self, task: str):
-        rng = self._rng(task)
-        codes = rng.sample(self.codes, len(self.codes))
-        for start in range(0, min(4 * SCENES, len(codes) - 3), 4):
-            keys = [(TEST_STYLE, code) for code in codes[start:start + 4]]
-            yield *draw_scene(keys, rng, False), rng
-
-    def vqa_position(self) -> list[Row]:
-        rows = []
-        for picture, facts, rng in self._scenes("vqa_position"):
-            inside = [Side(cell.concept.label) for cell in facts.cells]
-            for _ in range(2):
-                turn = scene_turn("at_position", facts, rng, self.pool, plain=True)
-                query = Side(TEXTS["vqa"].format(question=turn.question), (picture,))
-                choices = self._choices(rng, self.labels, inside)
-                rows.append((query, Side(turn.answer), choices))
-        return rows
-
-    def vqa_count(self) -> list[Row]:
-        words = {word: Side(word) for word in NUMBERS[1:5]}
-        rng = self._rng("vqa_count")
-        rows = []
-        for code in self._sample("vqa_count"):
-            others = rng.sample([c for c in self.codes if c != code], rng.randrange(4))
-            keys = [(TEST_STYLE, other) for other in (code, *others)]
-            picture, facts = draw_scene(keys, rng, False)
-            turn = scene_turn("count", facts, rng, self.pool, plain=True)
-            query = Side(TEXTS["vqa"].format(question=turn.question), (picture,))
-            rows.append((query, words[turn.answer], list(words.values())))
-        return rows
-
-    def name_t2i(self) -> list[Row]:
-        return [(Side(TEXTS["name_t2i"].format(label=self.concepts[code].label)),
-                 self.white[code], self.gallery) for code in self.codes]
-
-    def tags_t2i(self) -> list[Row]:
-        rng = self._rng("tags_t2i")
-        codes = [c for c in self.codes if len(self.concepts[c].tags) >= LEAST_TAGS]
-        return [(Side(tags_query(self.concepts[code].tags, rng)), self.white[code], self.gallery)
-                for code in self._sample("tags_t2i", codes)]
-
-    def lang_t2i(self) -> list[Row]:
-        rng = self._rng("lang_t2i")
-        rows = []
-        for code in self._sample("lang_t2i"):
-            language = rng.choice(SPOKEN_LANGUAGES)
-            name = self.concepts[code].names[language]
-            text = TEXTS["lang_t2i"].format(language=LANGUAGES[language], name=name)
-            rows.append((Side(text), self.white[code], self.gallery))
-        return rows
-
-    def i2t(self) -> list[Row]:
-        return [(self._ask("i2t", code), Side(self.concepts[code].label), self.labels)
-                for code in self._sample("i2t")]
-
-    def _in_training_styles(self, code: str) -> list[str]:
-        return [style for style in TRAINING_STYLES if (style, code) in self.pictures]
-
-    def i2i(self) -> list[Row]:
-        rng = self._rng("i2i")
-        rows = []
-        for code in self._sample("i2i", [c for c in self.codes if self._in_training_styles(c)]):
-            style = rng.choice(self._in_training_styles(code))
-            query = Side(TEXTS["i2i"], self._white(style, code).images)
-            rows.append((query, self.white[code], self.gallery))
-        return rows
-
-    def i2i_style(self) -> list[Row]:
-        rng = self._rng("i2i_style")
-        codes = [c for c in self.codes if len(self._in_training_styles(c)) > 1]
-        codes = self._sample("i2i_style", codes)
-        sides = {(style, code): self._white(style, code)
-                 for code in codes for style in self._in_training_styles(code)}
-        rows = []
-        for code in codes:
-            style = rng.choice(self._in_training_styles(code))
-            rows.append((self._ask("i2i_style", code, style=style), sides[style, code],
-                         list(sides.values())))
-        return rows
-
-    def _grounded(self, task: str, text: Callable) -> list[Row]:
-        asked = []
-        for picture, facts, _ in self._scenes(task):
-            for cell, inside in enumerate(facts.cells):
-                query = Side(TEXTS[task].format(**text(inside, cell)), (picture,))
-                asked.append((query, picture_side(CropPicture(picture, cell))))
-        crops = [crop for _, crop in asked]
-        return [(query, crop, crops) for query, crop in asked]
-
-    def grounding(self) -> list[Row]:
-        return self._grounded("grounding", lambda inside, _: {"label": inside.concept.label})
-
-    def grounding_place(self) -> list[Row]:
-        return self._grounded("grounding_place", lambda _, cell: {"place": AT_PLACES[4][cell]})
+def _write(folder: Path) -> None:
+    images = _ImageFiles(folder / IMAGES)
+    index = []
+    for half, domain in HALVES.items():
+        sets = EvaluationRows(held_out=half == "unseen")
+        for task, group in TASKS.items():
+            name = f"{task}/{half}"
+            table = _table(sets.rows(task), images)
+            file = folder / name / FILE
+            file.parent.mkdir(parents=True)
+            pq.write_table(table, file, compression="zstd")
+            index.append({"name": name, "group": group, "domain": domain})
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")

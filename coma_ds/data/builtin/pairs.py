@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from coma_ds.data.builtin.concepts import (
     LANGUAGES,
-    Concept,
     load_concepts,
     training_names,
     training_tags,
@@ -50,8 +49,10 @@ SOURCES = tuple(TEXTS)
 TAGS_IN_A_QUERY = 5
 VQA_KINDS = {
     "background": 1.0,
-    "yesno": 1.0,
-    "reverse": 1.0,
+    "yesno": 0.7,
+    "yesno_tag": 0.3,
+    "reverse": 0.7,
+    "reverse_tag": 0.3,
     "other_language": 1.0,
     "style": 0.5,
     "tag": 0.5,
@@ -64,11 +65,9 @@ def picture_side(picture) -> Side:
     return Side(MARK, (picture,))
 
 
-def tags_query(concept: Concept, rng: random.Random) -> str:
+def tags_query(tags: Sequence[str], rng: random.Random) -> str:
     """The text of a ``tags_t2i`` query."""
-    return TEXTS["tags_t2i"].format(
-        tags=tag_list(training_tags(concept), rng, most=TAGS_IN_A_QUERY)
-    )
+    return TEXTS["tags_t2i"].format(tags=tag_list(tags, rng, most=TAGS_IN_A_QUERY))
 
 
 class PairSource(Sequence[Pair]):
@@ -165,7 +164,7 @@ class BuiltinPairs:
 
     def _tags_t2i(self, style: str, code: str, rng: random.Random) -> tuple[Side, Side]:
         side, facts = self._draw(style, code, rng)
-        return Side(tags_query(facts.concept, rng)), side
+        return Side(tags_query(training_tags(facts.concept), rng)), side
 
     def _lang_t2i(self, style: str, code: str, rng: random.Random) -> tuple[Side, Side]:
         side, facts = self._draw(style, code, rng)

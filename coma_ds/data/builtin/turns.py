@@ -107,28 +107,23 @@ def _ask(kind: str, rng: random.Random | None, *parts: str) -> str:
     return (wordings[0] if rng is None else rng.choice(wordings)).format(*parts)
 
 
-def _yesno(facts: Facts, rng: random.Random, wording: random.Random | None, pool: Pool) -> Turn:
-    about = rng.choices(
-        ("yesno", "yesno_tag", "yesno_group", "yesno_colour", "yesno_background"), (5, 2, 1, 1, 1)
-    )[0]
-    if about == "yesno_colour" and facts.colour_share < CLEAR_COLOUR:
-        about = "yesno"
-    if about == "yesno_tag" and not training_tags(facts.concept):
-        about = "yesno"
-    if wording is None:
-        about = "yesno"
+def _yesno(
+    about: str, facts: Facts, rng: random.Random, wording: random.Random | None, pool: Pool
+) -> Turn | None:
+    concept = facts.concept
+    tags = training_tags(concept)
+    if (about == "yesno_colour" and facts.colour_share < CLEAR_COLOUR) or (
+        about == "yesno_tag" and not tags
+    ):
+        return None
     truth = rng.random() < 0.5
-    if about == "yesno":
-        said = (facts.concept if truth else pool.other(facts.concept, rng)).label
-    elif about == "yesno_tag":
-        said = (
-            rng.choice(training_tags(facts.concept))
-            if truth
-            else pool.other_tag(facts.concept, rng)
-        )
+    if about == "yesno_tag":
+        said = rng.choice(tags) if truth else pool.other_tag(concept, rng)
+    elif about == "yesno":
+        said = (concept if truth else pool.other(concept, rng)).label
     else:
         own, choices = {
-            "yesno_group": (facts.concept.group, pool.groups),
+            "yesno_group": (concept.group, pool.groups),
             "yesno_colour": (facts.colour, COLOUR_WORDS),
             "yesno_background": (facts.background, COLOUR_WORDS),
         }[about]
@@ -149,8 +144,9 @@ def picture_turn(
 ) -> Turn | None:
     """A turn of a kind about one picture; None when the facts have no good answer.
 
-    Kinds: name, group, subgroup, tag, tags, colour, background, style, yesno, other_language,
-    reverse, description, caption.  ``plain`` uses the first wording.
+    Kinds: name, group, subgroup, tag, tags, colour, background, style, other_language, yesno
+    (about the name), yesno_tag, yesno_group, yesno_colour, yesno_background, reverse (of two
+    names), reverse_tag, description, caption.  ``plain`` uses the first wording.
     """
     concept = facts.concept
     wording = None if plain else rng
@@ -174,8 +170,8 @@ def picture_turn(
         return Turn(_ask(kind, wording), rng.choice(tags), "tags")
     if kind == "tags":
         return Turn(_ask(kind, wording), tag_list(tags, rng), "tags")
-    if kind == "yesno":
-        return _yesno(facts, rng, wording, pool)
+    if kind.startswith("yesno"):
+        return _yesno(kind, facts, rng, wording, pool)
     if kind == "other_language":
         names = training_names(concept) if not concept.held_out else concept.names
         if not names:
@@ -183,15 +179,17 @@ def picture_turn(
         language = rng.choice(sorted(names))
         return Turn(_ask(kind, wording, LANGUAGES[language]), names[language], kind)
     if kind == "reverse":
-        if wording is not None and tags and rng.random() < 0.3:
-            return _choice(
-                "reverse_tag", rng.choice(tags), pool.other_tag(concept, rng), rng, wording
-            )
         return _choice(kind, concept.label, pool.other(concept, rng).label, rng, wording)
+    if kind == "reverse_tag":
+        if not tags:
+            return None
+        return _choice(kind, rng.choice(tags), pool.other_tag(concept, rng), rng, wording)
     if kind == "description":
         return Turn(_ask(kind, wording), describe(facts, rng), kind)
     if kind == "caption":
-        return Turn(_ask(kind, wording), rng.choice(CAPTIONS).format(**_words(facts)), kind)
+        return Turn(
+            _ask(kind, wording), _filled(rng.choice(_fitting(CAPTIONS, facts)), facts, rng), kind
+        )
     raise ValueError(f"no turn of kind {kind!r}; kinds are {', '.join(QUESTIONS)}")
 
 
@@ -201,26 +199,33 @@ def tag_list(tags: Sequence[str], rng: random.Random, most: int = TAGS_IN_A_LIST
     return ", ".join(tags[position] for position in chosen)
 
 
-def _words(facts: Facts) -> dict[str, str]:
-    return {
-        "label": facts.concept.label,
-        "group": facts.concept.group,
-        "subgroup": facts.concept.subgroup,
-        "colour": facts.colour,
-        "background": facts.background,
-        "style": facts.style,
-    }
+def _fitting(wordings: Sequence[str], facts: Facts) -> list[str]:
+    """The wordings that ask for nothing that the facts leave open."""
+    missing = [] if training_tags(facts.concept) else ["{tags}"]
+    if facts.colour_share < CLEAR_COLOUR:
+        missing.append("{colour}")
+    return [text for text in wordings if not any(part in text for part in missing)]
+
+
+def _filled(text: str, facts: Facts, rng: random.Random) -> str:
+    concept = facts.concept
+    return text.format(
+        label=concept.label,
+        group=concept.group,
+        subgroup=concept.subgroup,
+        colour=facts.colour,
+        background=facts.background,
+        style=facts.style,
+        tags=tag_list(training_tags(concept), rng),
+    )
 
 
 def describe(facts: Facts, rng: random.Random) -> str:
     """Three to five sentences about the picture, the name first."""
-    words = _words(facts)
-    tags = training_tags(facts.concept)
-    words["tags"] = tag_list(tags, rng) if tags else ""
-    sentences = [rng.choice(wordings) for wordings in DESCRIPTIONS]
-    rest = [s for s in sentences[1:] if tags or "{tags}" not in s]
+    first, *rest = (rng.choice(wordings) for wordings in DESCRIPTIONS)
+    rest = _fitting(rest, facts)
     chosen = rng.sample(rest, rng.randint(2, len(rest)))
-    return " ".join(sentence.format(**words) for sentence in [sentences[0], *chosen])
+    return " ".join(_filled(sentence, facts, rng) for sentence in [first, *chosen])
 
 
 @dataclass(frozen=True, slots=True)

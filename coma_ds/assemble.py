@@ -1,0 +1,155 @@
+"""From a config to the parts of a run: processing, data, model, engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from coma_ds import comm
+from coma_ds.batch import Batch
+from coma_ds.config import DataConfig, RunConfig
+from coma_ds.data.builtin import BuiltinDialogues, BuiltinPairs
+from coma_ds.data.collate import Collator
+from coma_ds.data.dialogues import DialogueFile
+from coma_ds.data.mmeb import MMEBTrain
+from coma_ds.data.pairs import PairFile
+from coma_ds.data.processing import Processing, load_processing
+from coma_ds.data.sampler import BatchOrder, LocalBatches, Sources
+from coma_ds.engine import Engine, deepspeed_config, full_parameters
+from coma_ds.model.loading import build_model, resolve_model
+from coma_ds.objectives.compress import Compress
+from coma_ds.objectives.match import Match
+from coma_ds.optim import build_optimizer
+
+log = logging.getLogger("coma_ds")
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
+
+
+def build_sources(config: RunConfig) -> dict[str, Sequence]:
+    """The training readers by name.
+
+    Raises ``ValueError`` for a missing path, an unknown source, a wrong column.
+    """
+    data = config.data
+    if data.format == "builtin":
+        return _builtin_sources(config)
+    if data.format == "mmeb":
+        if not data.root or not data.sources:
+            raise ValueError("data.format 'mmeb' needs data.root and data.sources (names of sets)")
+        return {
+            name: MMEBTrain(data.root, data.image_root, name, split=data.split, limit=data.limit)
+            for name in data.sources
+        }
+    if not data.path:
+        raise ValueError(f"data.format {data.format!r} needs data.path, the file to read")
+    name = Path(data.path).name
+    if data.format == "pairs":
+        reader = PairFile(data.path, data.image_root, min_score=data.min_score, limit=data.limit)
+        return {name: reader}
+    return {name: DialogueFile(data.path, data.image_root, limit=data.limit)}
+
+
+def _builtin_sources(config: RunConfig) -> dict[str, Sequence]:
+    data = config.data
+    if config.objective == "compress":
+        return {
+            "dialogues": BuiltinDialogues(
+                seed=config.seed,
+                length=data.length,
+                format=config.compress.format,
+                turns=data.turns,
+            )
+        }
+    pairs = BuiltinPairs(seed=config.seed, length=data.length)
+    names = data.sources or tuple(pairs.source_names)
+    unknown = [n for n in names if n not in pairs.source_names]
+    if unknown:
+        raise ValueError(
+            f"data.sources: unknown {unknown}, the built-in ones are {list(pairs.source_names)}"
+        )
+    return {name: pairs[name] for name in names}
+
+
+@dataclass
+class TrainingData:
+    """Order, readers and collator of a run; ``batches`` is this rank's stream."""
+
+    order: BatchOrder
+    sources: Sources
+    collator: Collator
+    workers: int
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """This rank's batches of the optimizer steps ``start .. stop - 1``."""
+        picks = LocalBatches(self.order, comm.rank(), comm.world_size(), start, stop)
+        return iter(
+            DataLoader(
+                self.sources,
+                batch_sampler=picks,
+                collate_fn=self.collator,
+                num_workers=self.workers,
+                pin_memory=torch.cuda.is_available(),
+                prefetch_factor=2 if self.workers else None,
+            )
+        )
+
+
+def build_data(config: RunConfig, processing: Processing) -> TrainingData:
+    """Readers and order.  Raises ``ValueError`` for a batch that the world cannot share."""
+    world, size = comm.world_size(), config.optim.batch_size
+    if size % world:
+        raise ValueError(f"optim.batch_size {size} is not a multiple of the {world} ranks")
+    sources = Sources(build_sources(config))
+    data: DataConfig = config.data
+    order = BatchOrder(sources.sizes, size, data.sub_batch, data.weighting, config.seed)
+    return TrainingData(order, sources, Collator(processing), data.workers)
+
+
+def build_processing(config: RunConfig) -> tuple[str, Processing]:
+    """The model's source folder (or hub name) and its processing."""
+    model = config.model
+    source = resolve_model(config.init_from or model.path)
+    return source, load_processing(
+        source,
+        compression_tokens=model.compression_tokens,
+        min_vision_tokens=model.min_vision_tokens,
+        max_vision_tokens=model.max_vision_tokens,
+        max_length=model.max_length,
+    )
+
+
+def build_objective(config: RunConfig) -> Compress | Match:
+    """The objective that the config names."""
+    return Compress(config.compress) if config.objective == "compress" else Match(config.match)
+
+
+def build_engine(
+    config: RunConfig, source: str, processing: Processing, device: torch.device
+) -> Engine:
+    """The model on its shards, with its optimizer."""
+    mechanics = deepspeed_config(config)
+    stage = mechanics["zero_optimization"].get("stage", 0)
+    ids = processing.compression_ids
+    model = build_model(
+        config.model,
+        config.match,
+        matching=config.objective == "match",
+        source=source,
+        first_id=ids[0] if ids else 0,
+        extras=processing.extras,
+        precision=config.precision,
+        sharding=mechanics if stage == 3 else None,
+        whole=full_parameters,
+        seed=config.seed,
+        device=device,
+    )
+    if stage < 3:
+        model.to(device)
+    return Engine(model, build_optimizer(model, config.optim), config, device)

@@ -1,0 +1,126 @@
+"""What a trained model is worth: ranking sets for stage 2, the bottleneck table for stage 1.
+
+Shapes: N sides, E embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coma_ds import comm
+from coma_ds.config import RunConfig
+from coma_ds.data.builtin import BottleneckQuestions
+from coma_ds.data.builtin.evaluation_sets import write_mmeb_eval
+from coma_ds.data.collate import Collator
+from coma_ds.data.mmeb import mmeb_eval
+from coma_ds.data.mmeb_layout import mmeb_eval_sets
+from coma_ds.data.records import Dialogue, RankingTask
+from coma_ds.evaluation import evaluate
+from coma_ds.inference import Run, encode_sides, greedy_answers
+
+log = logging.getLogger("coma_ds")
+
+
+def load_tasks(config: RunConfig, cache: Path, sets: Sequence[str] = ()) -> list[RankingTask]:
+    """The ranking sets of a run: ``eval.root``, or the built-in ones written under ``cache``.
+
+    ``sets`` names those wanted, else ``eval.sets``, else all.  Raises ``ValueError`` for a name
+    that is not there.
+    """
+    root, images = config.eval.root, config.eval.image_root
+    if root is None:
+        if config.data.format != "builtin":
+            return []
+        if comm.rank() == 0 and not (cache / "sets.json").is_file():
+            write_mmeb_eval(cache)
+        comm.barrier()
+        root, images = str(cache), str(cache / "images")
+    names = mmeb_eval_sets(root)
+    wanted = tuple(sets) or config.eval.sets or tuple(names)
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"evaluation set {name!r} is not in {root}: it has {', '.join(names)}")
+    return [mmeb_eval(root, images, name) for name in wanted]
+
+
+def evaluate_ranking(
+    run: Run,
+    collator: Collator,
+    tasks: Sequence[RankingTask],
+    config: RunConfig,
+    device,
+    watch: Callable | None = None,
+) -> dict[str, Any]:
+    """The results of ``evaluation.evaluate``, the same on any number of ranks."""
+
+    def encode(sides) -> np.ndarray:
+        return encode_sides(
+            run,
+            collator,
+            sides,
+            batch_size=config.eval.batch_size,
+            device=device,
+            workers=config.data.workers,
+        )
+
+    return evaluate(tasks, encode, watch)
+
+
+def bottleneck_questions(config: RunConfig) -> list[Dialogue]:
+    """The questions of the bottleneck table, one turn each; none for data without them."""
+    per_kind = config.eval.bottleneck_questions
+    if not per_kind:
+        return []
+    if config.data.format == "builtin":
+        return list(BottleneckQuestions(per_kind=per_kind))
+    return []
+
+
+def evaluate_bottleneck(
+    run: Run, collator: Collator, questions: Sequence[Dialogue], config: RunConfig, device
+) -> dict[str, dict[str, float]]:
+    """Exact-match accuracy by kind of question: ``{kind: {"tokens", "visible", "blind"}}``.
+
+    ``tokens``: through the compression tokens alone.  ``visible``: the image in sight, the upper
+    control.  ``blind``: the tokens of another picture, the lower one.  A model without
+    compression tokens has the upper one only.
+    """
+    ways = {"visible": ("causal", False)}
+    if config.model.compression_tokens:
+        ways = {"tokens": ("bottleneck", False), **ways, "blind": ("bottleneck", True)}
+    table: dict[str, dict[str, float]] = defaultdict(dict)
+    for way, (visibility, blind) in ways.items():
+        answers = greedy_answers(
+            run,
+            collator,
+            questions,
+            visibility,
+            blind=blind,
+            batch_size=config.eval.batch_size,
+            device=device,
+            workers=config.data.workers,
+        )
+        hits: dict[str, list[bool]] = defaultdict(list)
+        for dialogue, answer in zip(questions, answers):
+            turn = dialogue.turns[-1]
+            hits[turn.kind].append(answer.strip().lower() == turn.answer.strip().lower())
+        for kind, right in hits.items():
+            table[kind][way] = sum(right) / len(right)
+            table[kind]["questions"] = len(right)
+    return dict(table)
+
+
+def format_bottleneck(table: dict[str, dict[str, float]]) -> str:
+    """The bottleneck table for a terminal, in percent."""
+    ways = [w for w in ("tokens", "visible", "blind") if any(w in row for row in table.values())]
+    lines = ["question        " + "".join(f"{w:>10}" for w in ways) + "   questions"]
+    for kind, row in table.items():
+        cells = "".join(f"{100 * row[w]:>9.1f}%" for w in ways)
+        lines.append(f"{kind:<16}{cells}{row['questions']:>12}")
+    return "\n".join(lines)

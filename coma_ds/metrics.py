@@ -1,0 +1,119 @@
+"""What a run writes down while it trains: metrics.jsonl and TensorBoard, on rank 0."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Monitor:
+    """Scalars of every step, and at evaluations tables, pictures and the projector.
+
+    ``resume_step``: steps from there on are written anew (an interrupted run may have written
+    some of them).  A monitor that is not ``active`` (other ranks) writes nothing.
+    """
+
+    def __init__(
+        self, folder: Path, *, active: bool, tensorboard: bool = True, resume_step: int = 0
+    ) -> None:
+        self.active = active
+        self._file = None
+        self._board = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        _keep_before(path, resume_step)
+        self._file = path.open("a")
+        if tensorboard:
+            purge = resume_step or None
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def scalars(self, step: int, values: dict[str, float], group: str = "train") -> None:
+        """One line of metrics.jsonl and one point of each curve; values must be numbers."""
+        if not self.active:
+            return
+        line = {"step": step, "group": group, "time": round(time.time(), 3)}
+        for name, value in values.items():
+            if value is None:
+                continue
+            line[name] = value if math.isfinite(value) else str(value)
+            if self._board:
+                self._board.add_scalar(f"{group}/{name}", value, step)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        """Markdown under TensorBoard's text tab."""
+        if self._board:
+            self._board.add_text(name, text, step)
+
+    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]], step: int):
+        """A markdown table under the text tab."""
+        lines = [" | ".join(header), " | ".join("---" for _ in header)]
+        lines += [" | ".join(str(cell) for cell in row) for row in rows]
+        self.text(name, "\n".join(f"| {line} |" for line in lines), step)
+
+    def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        if self._board:
+            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def projector(
+        self, name: str, emb_NE: np.ndarray, labels: Sequence[str], thumbs_N3HW, step: int
+    ) -> None:
+        """Embeddings with labels and thumbnails (float in 0..1, [N, 3, H, W]) for the projector."""
+        if self._board:
+            import torch
+
+            self._board.add_embedding(
+                torch.from_numpy(emb_NE), list(labels), torch.from_numpy(thumbs_N3HW), step, name
+            )
+
+    def hparams(self, values: dict[str, Any], results: dict[str, float]) -> None:
+        """The run's flat configuration beside its results, in the hparams tab."""
+        if self._board:
+            plain = {
+                k: v if isinstance(v, int | float | str | bool) else str(v)
+                for k, v in values.items()
+            }
+            self._board.add_hparams(plain, results, run_name=".")
+
+    def close(self) -> None:
+        """Flush and close both."""
+        if self._file:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _keep_before(path: Path, step: int) -> None:
+    """Drop the lines of ``step`` and later, and a last line that was cut off."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A nested dict with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat

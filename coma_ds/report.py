@@ -1,0 +1,101 @@
+"""What a run says of itself: the start-up report and the model card."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from coma_ds import comm
+from coma_ds.assemble import TrainingData
+from coma_ds.config import RunConfig
+from coma_ds.engine import Engine
+
+ATTENTION = {
+    "split": "split form of the visibility rule, causal calls without a mask",
+    "dense": "dense mask [B, 1, L, L]",
+    "packed": "packed sequences, one call for each sample",
+}
+
+
+def size(parameter) -> int:
+    """Elements of a parameter, sharded or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: str) -> list[str]:
+    """The start-up report, line by line: what is trained, how, and why not faster."""
+    model = engine.model
+    backbone = model.backbone
+    total = sum(size(p) for p in model.parameters())
+    trained = sum(size(p) for p in model.parameters() if p.requires_grad)
+    adapter = "full training" if config.model.adapter == "none" else config.model.adapter
+    tower = "trained" if model.vision_is_trained else "frozen"
+    tokens = config.model.compression_tokens
+    world = comm.world_size()
+    images = data.collator.processing.image_processor
+    unit = (images.patch_size * images.merge_size) ** 2
+    low, high = images.size["shortest_edge"] // unit, images.size["longest_edge"] // unit
+    batch, chunk = config.optim.batch_size, config.chunk
+    budget = f"{chunk.tokens} tokens" if chunk.tokens else f"{chunk.samples} samples"
+    path = "sdpa: torch's fused attention"
+    if backbone.arithmetic == "matmul":
+        path = "matmul: faster than torch's fused attention for short sequences on a CPU"
+    if engine.device.type == "cuda":
+        has_flash = importlib.util.find_spec("flash_attn") is not None
+        path += ", flash-attn is installed but not used yet" if has_flash else ""
+    rule = "rule off: the dialogue sees the image" if config.compress.visible else "rule on"
+    loss = {
+        "compress": f"{config.compress.loss} over answer tokens, logits in chunks, {rule}",
+        "match": "InfoNCE in plain torch, chunked; temperature "
+        f"{config.match.temperature}{' (learned)' if config.match.learn_temperature else ''}",
+    }[config.objective]
+    sources = ", ".join(f"{n} ({len(r)})" for n, r in zip(data.order.names, data.sources.readers))
+    return [
+        f"coma-ds  {config.objective}  recipe {config.recipe or '-'}  -> {config.output}",
+        f"model      {backbone.lm.config.model_type} from {source} ({config.model.weights}), "
+        f"{total / 1e6:.1f} M parameters",
+        f"trained    {trained / 1e6:.3f} M: {adapter}, vision tower {tower}, "
+        f"{tokens} compression tokens ({config.model.bottleneck}), pooling {config.model.pooling}",
+        f"world      {world} rank(s) on {engine.device.type}, ZeRO-{engine.stage} "
+        f"({config.deepspeed}), {config.precision}",
+        f"attention  {ATTENTION[backbone.carrier]}; {path}",
+        f"loss       {loss}",
+        f"images     {low} to {high} image tokens each",
+        f"batch      {batch} = {world} x {batch // world}, in chunks of at most {budget}",
+        f"steps      {config.optim.steps}, lr {config.optim.lr:g} {config.optim.schedule}, "
+        f"clip {config.optim.clip:g}",
+        f"data       {sources}",
+    ]
+
+
+def model_card(config: RunConfig) -> str:
+    """The README of an exported model folder."""
+    tokens = config.model.compression_tokens
+    start = config.init_from or config.model.path
+    if config.model.weights == "random":
+        start = "random weights"
+    use = (
+        f"""The last {tokens} tokens of an input are `<|compress_0|>` to
+`<|compress_{tokens - 1}|>`; the mean of their final hidden states, L2-normalised, is the embedding.
+
+```python
+from coma_ds import Embedder
+
+vectors = Embedder("this folder").encode(texts=["a red car"])
+```
+"""
+        if tokens
+        else "An ordinary language model that sees images; it has no compression tokens.\n"
+    )
+    return f"""---
+library_name: transformers
+tags: [coma-ds, {config.objective}]
+---
+# {config.recipe or config.objective}
+
+Trained by coma-ds, objective `{config.objective}`, from {start}, {config.optim.steps} steps of
+{config.optim.batch_size} samples, seed {config.seed}.
+
+{use}
+The folder loads with the stock transformers classes (adapters are merged, the rows of the
+compression tokens stand in the embedding table).
+"""
