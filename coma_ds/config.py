@@ -111,7 +111,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(1.0, ge=0)  # 0: off
-    kind: Literal["adamw", "sgd"] = "adamw"
+    kind: Literal["adamw", "muon", "sgd"] = "adamw"
 
 
 class EvalConfig(Section):

@@ -31,7 +31,7 @@ from coma_ds.optim import learning_rate
 log = logging.getLogger("coma_ds")
 
 Result = TypeVar("Result")
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 # What the run config says; a DeepSpeed file that says it too is an error.
 OWNED_BY_RUN = (
     "train_batch_size",
@@ -78,6 +78,7 @@ def _keep_freed_memory() -> None:
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_ARENA_MAX, 1)  # arenas of other threads are mapped and trimmed regardless
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_TOP_PAD, 2**28)
@@ -164,6 +165,8 @@ class Engine:
         self.device = device
         self.ds_config = deepspeed_config(config)
         self.stage = self.ds_config["zero_optimization"].get("stage", 0)
+        if self.stage and config.optim.kind == "muon":
+            raise ValueError("optim.kind 'muon' needs whole matrices: use deepspeed=zero0")
         if self.stage == 3:
             set_z3_leaf_modules(model, model.shard_units())
         self._engine, self.optimizer, *_ = deepspeed.initialize(

@@ -48,7 +48,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         "match": "InfoNCE in plain torch, chunked; temperature "
         f"{config.match.temperature}{' (learned)' if config.match.learn_temperature else ''}",
     }[config.objective]
-    sources = ", ".join(f"{n} ({len(r)})" for n, r in zip(data.order.names, data.sources.readers))
+    sources = ", ".join(f"{n} ({len(r)})" for n, r in data.sources.readers.items())
     return [
         f"coma-ds  {config.objective}  recipe {config.recipe or '-'}  -> {config.output}",
         f"model      {backbone.lm.config.model_type} from {source} ({config.model.weights}), "

@@ -62,7 +62,7 @@ class Run:
 
     def check_data(self, data: TrainingData, *, thorough: bool) -> None:
         """Read some records before any step; with ``thorough`` many, spread over each source."""
-        for number, (name, reader) in enumerate(zip(data.order.names, data.sources.readers)):
+        for number, (name, reader) in enumerate(data.sources.readers.items()):
             count = min(len(reader), 200 if thorough else 2)
             for row in range(0, len(reader), max(1, len(reader) // count)):
                 data.collator([data.sources[number, row]])

@@ -17,6 +17,7 @@ from coma_ds.data.records import Picture
 
 COMPRESSION_TOKEN = "<|compress_{}|>"
 MODEL_EXTRAS = "coma_ds.json"
+REMEMBERED_LENGTH, REMEMBERED_PIECES = 120, 50_000
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Processing:
     max_length: int
     max_vision_tokens: int
     extras: dict = field(default_factory=dict)
+    _remembered: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
     @property
     def merge(self) -> int:
@@ -64,8 +66,18 @@ class Processing:
         return out["pixel_values"], grid
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of text, nothing added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a piece of text, nothing added.
+
+        Short pieces are remembered: questions and names come again and again.
+        """
+        if len(text) > REMEMBERED_LENGTH:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._remembered.get(text)
+        if ids is None:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(self._remembered) < REMEMBERED_PIECES:
+                self._remembered[text] = ids
+        return ids
 
 
 def load_processing(
