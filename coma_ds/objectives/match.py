@@ -14,7 +14,7 @@ import torch
 from coma_ds import comm
 from coma_ds.batch import Batch
 from coma_ds.config import MatchConfig
-from coma_ds.kernels.info_nce import info_nce, retrieval_statistics
+from coma_ds.kernels.info_nce import FalseNegatives, info_nce, retrieval_statistics
 
 
 class Match:
@@ -42,12 +42,12 @@ class Match:
         target_ME = comm.gather_rows(target_NE, counts)
         first = sum(counts[: comm.rank()])
         positive_N = torch.arange(first, first + pairs, device=device)
-        ids_M = None
+        masked = None
         if self.config.mask_false_negatives:
-            ids_M = comm.gather_rows(batch.content_ids_B[pairs:].to(device), counts)
+            masked = self._false_negatives(batch.content_ids_B.to(device), pairs, counts)
         if temperature is None:
             temperature = torch.tensor([self.config.temperature], device=device)
-        shared = {"positive_index": positive_N, "target_ids": ids_M}
+        shared = {"positive_index": positive_N, "false_negatives": masked}
         total = info_nce(query_NE, target_ME, temperature=temperature, reduction="sum", **shared)
         rows = int(comm.all_sum(torch.tensor([pairs], device=device)))
         loss = total * (comm.world_size() / rows)
@@ -66,3 +66,16 @@ class Match:
             "masked_negatives": report["masked"] / candidates,
             "in_batch_accuracy": report["accuracy"],
         }
+
+    @staticmethod
+    def _false_negatives(ids_B: torch.Tensor, pairs: int, counts: list[int]) -> FalseNegatives:
+        """Targets with the content of the own target, and targets of the same query, of all ranks.
+
+        A hard negative was asked by nobody: its own content stands for its query.
+        """
+        asked = torch.cat([ids_B[:pairs], ids_B[2 * pairs :]])
+        return FalseNegatives(
+            target_ids_M=comm.gather_rows(ids_B[pairs:], counts),
+            query_ids_N=ids_B[:pairs],
+            target_query_ids_M=comm.gather_rows(asked, counts),
+        )

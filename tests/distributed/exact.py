@@ -45,6 +45,7 @@ def match_batch(case: Case, step: int, rank: int):
     """Four pairs; the rank that has images changes with the step, in step 2 nobody has any."""
     bare = case.no_images or (rank + step) % 2 == 1 or step == 2
     queries = [{"text": 3 + (rank + i) % 4} for i in range(4)]
+    queries[0]["content"] = 8  # the same question on every rank: its targets do not compete
     targets = []
     for i in range(4):
         images = [] if bare or i == 3 else [(2, 2 + i % 2)] * (1 + (i == 1))
@@ -81,7 +82,8 @@ def reference_match(model, batches, case: Case, config: ChunkConfig, step: int):
     """Mean InfoNCE over all ranks' rows, in one graph, from the definition."""
     objective = Match(MatchConfig(**case.match))
     wanted = max(len(plan_chunks(b, config, wanted=0)) for b in batches)
-    queries, targets, ids, positives, offset = [], [], [], [], 0
+    queries, targets, ids, asked, questions = [], [], [], [], []
+    positives, offset = [], 0
     for rank, batch in enumerate(batches):
         seed_chunk(0, step, TOWER, rank)
         features = model.embed_images(batch.images)
@@ -96,6 +98,9 @@ def reference_match(model, batches, case: Case, config: ChunkConfig, step: int):
         queries.append(rows[: batch.pairs])
         targets.append(rows[batch.pairs :])
         ids.append(batch.content_ids_B[batch.pairs :])
+        own = batch.content_ids_B
+        asked.append(torch.cat([own[: batch.pairs], own[2 * batch.pairs :]]))
+        questions.append(own[: batch.pairs])
         positives.append(torch.arange(offset, offset + batch.pairs))
         offset += len(batch) - batch.pairs
     query, target = torch.cat(queries), torch.cat(targets)
@@ -103,6 +108,7 @@ def reference_match(model, batches, case: Case, config: ChunkConfig, step: int):
     tau = case.match.get("temperature", 0.03) if temperature is None else temperature
     logits = query @ target.T / tau
     same = ids[None] == ids[positive][:, None]
+    same |= torch.cat(asked)[None] == torch.cat(questions)[:, None]
     same[torch.arange(len(positive)), positive] = False
     if case.match.get("mask_false_negatives", True):
         logits = logits.masked_fill(same, float("-inf"))
