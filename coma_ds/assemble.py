@@ -16,7 +16,7 @@ from coma_ds.batch import Batch
 from coma_ds.config import DataConfig, RunConfig
 from coma_ds.data.builtin import BuiltinDialogues, BuiltinPairs
 from coma_ds.data.collate import Collator
-from coma_ds.data.dialogues import DialogueFile
+from coma_ds.data.dialogues import DialogueFile, SingleTurns
 from coma_ds.data.mmeb import MMEBTrain
 from coma_ds.data.pairs import PairFile
 from coma_ds.data.processing import Processing, load_processing
@@ -44,16 +44,33 @@ def build_sources(config: RunConfig) -> dict[str, Sequence]:
         if not data.root or not data.sources:
             raise ValueError("data.format 'mmeb' needs data.root and data.sources (names of sets)")
         return {
-            name: MMEBTrain(data.root, data.image_root, name, split=data.split, limit=data.limit)
+            name: MMEBTrain(
+                data.root,
+                data.image_root,
+                name,
+                split=data.split,
+                limit=data.limit,
+                leave_out_empty=data.leave_out_empty,
+            )
             for name in data.sources
         }
     if not data.path:
         raise ValueError(f"data.format {data.format!r} needs data.path, the file to read")
     name = Path(data.path).name
     if data.format == "pairs":
-        reader = PairFile(data.path, data.image_root, min_score=data.min_score, limit=data.limit)
+        reader = PairFile(
+            data.path, data.image_root, data.columns, min_score=data.min_score, limit=data.limit
+        )
         return {name: reader}
-    return {name: DialogueFile(data.path, data.image_root, limit=data.limit)}
+    dialogues = DialogueFile(data.path, data.image_root, limit=data.limit)
+    if config.compress.format == "single_turn":
+        return {name: SingleTurns(dialogues, config.seed)}
+    if config.compress.format != "multi_turn":
+        raise ValueError(
+            f"compress.format {config.compress.format!r} is made by the built-in data only: write "
+            "such dialogues into the file and use 'multi_turn', which takes them as they are"
+        )
+    return {name: dialogues}
 
 
 def _builtin_sources(config: RunConfig) -> dict[str, Sequence]:

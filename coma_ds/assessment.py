@@ -18,6 +18,7 @@ from coma_ds.config import RunConfig
 from coma_ds.data.builtin import BottleneckQuestions
 from coma_ds.data.builtin.evaluation_sets import write_mmeb_eval
 from coma_ds.data.collate import Collator
+from coma_ds.data.dialogues import DialogueFile, questions_of
 from coma_ds.data.mmeb import mmeb_eval
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
 from coma_ds.data.records import Dialogue, RankingTask
@@ -77,6 +78,9 @@ def bottleneck_questions(config: RunConfig) -> list[Dialogue]:
     per_kind = config.eval.bottleneck_questions
     if not per_kind:
         return []
+    if config.eval.path:
+        dialogues = DialogueFile(config.eval.path, config.eval.image_root or config.data.image_root)
+        return questions_of(dialogues, per_kind)
     if config.data.format == "builtin":
         return list(BottleneckQuestions(per_kind=per_kind))
     return []

@@ -72,7 +72,9 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=1)  # rows of each source
     weighting: Literal["uniform", "proportional"] = "uniform"
     sub_batch: int = Field(0, ge=0)  # 0: sources mixed freely
-    min_score: float | None = None
+    min_score: float | None = None  # pairs: rows with a lower score are left out, and counted
+    columns: dict[str, str] = {}  # pairs: our column name to the file's
+    leave_out_empty: bool = False  # mmeb: rows with an empty side are left out, and counted
     workers: int = Field(1, ge=0)
     length: int = Field(100_000, ge=1)  # builtin: samples of an epoch
     turns: tuple[int, int] = (3, 5)  # builtin dialogues: least and most
@@ -123,6 +125,7 @@ class EvalConfig(Section):
     along: tuple[str, ...] = ()  # the sets of evaluations on the way; empty: the same
     batch_size: int = Field(128, ge=1)
     bottleneck_questions: int = Field(200, ge=0)  # of each kind
+    path: str | None = None  # compress: a dialogue file to ask; None: the built-in questions
 
 
 class CheckpointConfig(Section):

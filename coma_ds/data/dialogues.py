@@ -16,7 +16,9 @@ compression tokens, where the dialogue cannot see them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from coma_ds.data.images import as_picture
@@ -155,3 +157,32 @@ def _without_marks(question: str, images: int, where: str) -> str:
     for mark in (f"{LLAVA_MARK}\n", f"\n{LLAVA_MARK}", LLAVA_MARK):
         question = question.replace(mark, "")
     return question.strip()
+
+
+class SingleTurns(Sequence[Dialogue]):
+    """Dialogues cut to one turn each, drawn by (seed, row): the single-turn format."""
+
+    def __init__(self, dialogues: Sequence[Dialogue], seed: int = 0) -> None:
+        self.dialogues = dialogues
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def __getitem__(self, row: int) -> Dialogue:  # type: ignore[override]
+        dialogue = self.dialogues[row]
+        pick = random.Random(f"{self.seed}/{row}").randrange(len(dialogue.turns))
+        return replace(dialogue, turns=dialogue.turns[pick : pick + 1])
+
+
+def questions_of(dialogues: Sequence[Dialogue], per_kind: int) -> list[Dialogue]:
+    """Every turn as a dialogue of its own, at most ``per_kind`` of each kind, in order."""
+    counts: dict[str, int] = {}
+    questions = []
+    for row in range(len(dialogues)):
+        dialogue = dialogues[row]
+        for turn in dialogue.turns:
+            if counts.get(turn.kind, 0) < per_kind:
+                counts[turn.kind] = counts.get(turn.kind, 0) + 1
+                questions.append(replace(dialogue, turns=(turn,)))
+    return questions
