@@ -104,18 +104,23 @@ class TrainingData:
     workers: int
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's batches of the optimizer steps ``start .. stop - 1``."""
-        picks = LocalBatches(self.order, comm.rank(), comm.world_size(), start, stop)
-        return iter(
-            DataLoader(
-                self.sources,
-                batch_sampler=picks,
-                collate_fn=self.collator,
-                num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
-                prefetch_factor=2 if self.workers else None,
-            )
+        """This rank's batches of the optimizer steps ``start .. stop - 1``.
+
+        Raises ``ValueError`` for a bad row or image, with its own words, from workers as well.
+        """
+        loader = DataLoader(
+            self.sources,
+            batch_sampler=LocalBatches(self.order, comm.rank(), comm.world_size(), start, stop),
+            collate_fn=self.collator,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=2 if self.workers else None,
         )
+        try:
+            yield from loader
+        except ValueError as error:
+            # torch wraps what a worker raised into its whole trace
+            raise ValueError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from error
 
 
 def build_data(config: RunConfig, processing: Processing) -> TrainingData:

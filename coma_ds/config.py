@@ -9,14 +9,19 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES: tuple[str, ...] = get_args(Family)
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class LoRAConfig(Section):
@@ -32,7 +37,7 @@ class ModelConfig(Section):
     """What is trained, and how it is arranged."""
 
     path: str = "builtin:demo-base"  # a folder, a hub name, or builtin:NAME
-    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] | None = None  # checked when given
+    family: Family | None = None  # checked when given
     weights: Literal["pretrained", "random"] = "pretrained"
     compression_tokens: int = Field(32, ge=0)
     bottleneck: Literal["kv", "last_hidden"] = "kv"
@@ -52,10 +57,11 @@ class ModelConfig(Section):
         low, high = self.min_vision_tokens, self.max_vision_tokens
         if low and high and low > high:
             raise ValueError(f"min_vision_tokens {low} is above max_vision_tokens {high}")
-        if high and high + self.compression_tokens >= self.max_length:
+        tokens = self.compression_tokens
+        if (high or 0) + tokens >= self.max_length:
+            images = f"max_vision_tokens {high} and " if high else ""
             raise ValueError(
-                f"max_vision_tokens {high} and {self.compression_tokens} compression tokens do not "
-                f"fit in max_length {self.max_length}"
+                f"{images}{tokens} compression tokens do not fit in max_length {self.max_length}"
             )
         return self
 
@@ -105,7 +111,7 @@ class ChunkConfig(Section):
 
 class OptimConfig(Section):
     batch_size: int = Field(256, ge=1)  # pairs or dialogues of one optimizer step, all ranks
-    steps: int = Field(100, ge=1)
+    steps: int = Field(100, ge=0)  # 0: export and evaluate what it starts from
     lr: float = Field(5e-5, gt=0)
     token_lr: float | None = Field(None, gt=0)  # compression tokens; None: lr
     schedule: Literal["cosine", "constant", "linear"] = "cosine"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable
@@ -150,10 +151,10 @@ def deepspeed_config(config: RunConfig) -> dict:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did; ``grad_norm`` before clipping, None where DeepSpeed has none."""
+    """What an optimizer step did; ``grad_norm`` before clipping, inf for a skipped step."""
 
     applied: bool
-    grad_norm: float | None
+    grad_norm: float
     lr: float
 
 
@@ -210,13 +211,19 @@ class Engine:
         rate = learning_rate(step, self.config.optim)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
+        norm = None
+        if self.stage == 0 and self.config.precision != "bf16":
+            # DeepSpeed (0.19.8) hands this case to torch's optimizer: it keeps no norm and checks
+            # nothing.  The gradients are reduced by now, so every rank finds the same.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                return StepResult(applied=False, grad_norm=math.inf, lr=rate)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(
-            applied=self._engine.was_step_applied(),
-            grad_norm=None if norm is None else float(norm),
-            lr=rate,
-        )
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        return StepResult(applied=self._engine.was_step_applied(), grad_norm=norm, lr=rate)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The whole reduced gradient of every trained parameter, float32 on the host.

@@ -41,16 +41,26 @@ class _Blocks(torch.utils.data.Dataset):
         return rows, self.collate([self.records[i] for i in rows])
 
 
-def _own_batches(records: Sequence, size: int, collate: Callable, workers: int):
-    """(rows, batch) of this rank's blocks, as many on every rank: the last may come twice."""
+def _own_batches(records: Sequence, size: int, collate: Callable, workers: int, shared: bool):
+    """(rows, batch) of this rank's blocks, as many on every rank: the last may come twice.
+
+    Raises ``ValueError`` for a bad record, with its own words, from workers as well.
+    """
+    rank, world = (comm.rank(), comm.world_size()) if shared else (0, 1)
     blocks = _blocks(len(records), size)
-    own = blocks[comm.rank() :: comm.world_size()]
-    turns = -(-len(blocks) // comm.world_size())
+    if not blocks:
+        return
+    own = blocks[rank::world]
+    turns = -(-len(blocks) // world)
     own += [blocks[-1]] * (turns - len(own))
     loader = DataLoader(
         _Blocks(records, own, collate), batch_size=None, num_workers=min(workers, len(own))
     )
-    yield from loader
+    try:
+        yield from loader
+    except ValueError as error:
+        # torch wraps what a worker raised into its whole trace
+        raise ValueError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from error
 
 
 @torch.no_grad()
@@ -62,22 +72,26 @@ def encode_sides(
     batch_size: int = 128,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    shared: bool = True,
 ) -> np.ndarray:
     """Embeddings of the sides, float32 [N, E], on every rank.
 
     Sides of similar length share a block, by the length of their text.  Dropout is the caller's.
+    Not ``shared``: this rank encodes all of them alone, whatever the others do.
     """
     if not sides:
         return np.zeros((0, 0), dtype=np.float32)
     order = sorted(range(len(sides)), key=lambda i: (len(sides[i].images), len(sides[i].text)))
     sorted_sides = [sides[i] for i in order]
     found: dict[int, np.ndarray] = {}
-    for rows, batch in _own_batches(sorted_sides, batch_size, collator.sides, workers):
+    for rows, batch in _own_batches(
+        sorted_sides, batch_size, collator.sides, workers, shared
+    ):
         batch = batch.to(device)
         emb = run(lambda m, b=batch: m.embeddings(b, m.embed_images(b.images)))
         found.update(zip((order[r] for r in rows), emb.float().cpu().numpy()))
     merged: dict[int, np.ndarray] = {}
-    for part in comm.all_objects(found):
+    for part in comm.all_objects(found) if shared else [found]:
         merged.update(part)
     return np.stack([merged[i] for i in range(len(sides))])
 
@@ -107,8 +121,10 @@ def greedy_answers(
         return collator.dialogues(records, prompt_only=True)
 
     end = collator.processing.turn_end
+    tokens = collator.processing.compression_ids
+    vocabulary = tokens[0] if tokens else None
     found: dict[int, list[int]] = {}
-    for rows, batch in _own_batches(dialogues, batch_size, collate, workers):
+    for rows, batch in _own_batches(dialogues, batch_size, collate, workers, True):
         batch = batch.to(device)
         features = run(lambda m, b=batch: m.embed_images(b.images))
         answers: list[list[int]] = [[] for _ in rows]
@@ -117,7 +133,7 @@ def greedy_answers(
 
             def predict(model, batch=batch, last=last, features=features):
                 states = model.dialogue_states(batch, features, last.to(device), visibility)
-                return model.answers.predict(states)
+                return model.answers.predict(states, vocabulary)
 
             words = run(predict).cpu()
             for answer, word in zip(answers, words.tolist()):

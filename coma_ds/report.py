@@ -1,4 +1,4 @@
-"""What a run says of itself: the start-up report and the model card."""
+"""What a run says of itself when it starts."""
 
 from __future__ import annotations
 
@@ -65,37 +65,3 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         f"clip {config.optim.clip:g}",
         f"data       {sources}",
     ]
-
-
-def model_card(config: RunConfig) -> str:
-    """The README of an exported model folder."""
-    tokens = config.model.compression_tokens
-    start = config.init_from or config.model.path
-    if config.model.weights == "random":
-        start = "random weights"
-    use = (
-        f"""The last {tokens} tokens of an input are `<|compress_0|>` to
-`<|compress_{tokens - 1}|>`; the mean of their final hidden states, L2-normalised, is the embedding.
-
-```python
-from coma_ds import Embedder
-
-vectors = Embedder("this folder").encode(texts=["a red car"])
-```
-"""
-        if tokens
-        else "An ordinary language model that sees images; it has no compression tokens.\n"
-    )
-    return f"""---
-library_name: transformers
-tags: [coma-ds, {config.objective}]
----
-# {config.recipe or config.objective}
-
-Trained by coma-ds, objective `{config.objective}`, from {start}, {config.optim.steps} steps of
-{config.optim.batch_size} samples, seed {config.seed}.
-
-{use}
-The folder loads with the stock transformers classes (adapters are merged, the rows of the
-compression tokens stand in the embedding table).
-"""

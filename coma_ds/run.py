@@ -31,11 +31,13 @@ from coma_ds.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.collate import Collator
 from coma_ds.data.processing import Processing
+from coma_ds.displays import Displays, bottleneck_table
 from coma_ds.engine import Engine, StepResult, full_parameters
 from coma_ds.evaluation import format_table, write_results
 from coma_ds.metrics import Monitor, flatten
+from coma_ds.model.card import model_card
 from coma_ds.model.export import export_model
-from coma_ds.report import describe_run, model_card
+from coma_ds.report import describe_run
 
 log = logging.getLogger("coma_ds")
 
@@ -159,11 +161,15 @@ class Run:
         """Ranking sets (stage 2) or the bottleneck table (stage 1), written down and returned."""
         config, collator = self.config, Collator(processing)
         engine.eval()
+        displays = Displays(self.monitor, self.folder, done, final=final)
         results: dict = {"step": done, "training_seconds": round(self.seconds, 1)}
         if config.objective == "match":
             cache = Path(config.output).parent / "evaluation_sets"
             tasks = load_tasks(config, cache, () if final else config.eval.along)
-            results |= evaluate_ranking(engine, collator, tasks, config, engine.device)
+            watch = displays.watch if self.main else None
+            results |= evaluate_ranking(engine, collator, tasks, config, engine.device, watch)
+            if self.main:
+                displays.finish(results)
             flat = {name: row["p@1"] for name, row in results["sets"].items()}
             flat |= {f"group/{name}": value for name, value in results["groups"].items()}
             text = format_table(results)
@@ -171,12 +177,12 @@ class Run:
             questions = bottleneck_questions(config)
             table = evaluate_bottleneck(engine, collator, questions, config, engine.device)
             results["bottleneck"] = table
+            self.monitor.table("results/bottleneck", *bottleneck_table(table), done)
             flat = {f"{k}/{w}": v for k, row in table.items() for w, v in row.items()}
             text = format_bottleneck(table)
         engine.train()
         flat["training_seconds"] = self.seconds
         self.monitor.scalars(done, flat, group="eval")
-        self.monitor.text("results", f"```\n{text}\n```", done)
         if final:
             log.info("results after %d steps:\n%s", done, text)
         return results

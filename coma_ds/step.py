@@ -99,8 +99,8 @@ def grad_cache(engine, objective, batch: Batch, config: ChunkConfig, *, seed: in
     1. Images through the tower, once.  2. Every chunk without a graph: embeddings.  3. The loss
     over all embeddings, and its gradient at each of them.  4. Every chunk again, with its graph
     and the same random state, backward of (embeddings * gradient).sum().  A trained tower is a
-    second level of the same: its features collect a gradient over the chunks and it runs once
-    more at the end.  Returns the objective's report.
+    second level of the same: its features collect a gradient over the chunks, and the last chunk
+    runs it once more and reads what it gives.  Returns the objective's report.
     """
     groups = plan_chunks(batch, config)
     parts = batch.split([_or_first(g) for g in groups])
@@ -123,29 +123,33 @@ def grad_cache(engine, objective, batch: Batch, config: ChunkConfig, *, seed: in
 
     features.requires_grad_(trained)
     for number, (part, group) in enumerate(zip(parts, groups)):
-        seed_chunk(seed, step, number)
+        first, last = number == 0, number == len(parts) - 1
 
-        def replay(model, part=part, group=group, first=number == 0):
-            emb, learned = objective.encode(model, part, features)
-            surrogate = (emb[: len(group)] * leaf_BE.grad[group.to(emb.device)]).sum()
-            if not len(group):
-                surrogate = (emb * 0.0).sum()
+        def replay(model, number=number, part=part, group=group, first=first, last=last):
+            seen, surrogate = features, 0.0
+            if trained and last:
+                # The tower again, with its graph.  In one part with the last chunk: with an
+                # offloaded optimizer ZeRO-3 (0.19.8) drops the gradient of a parameter that has
+                # none in the last part of a step.
+                seed_chunk(seed, step, TOWER)
+                seen = model.embed_images(batch.images)
+                if features.grad is not None:
+                    surrogate = (seen * features.grad).sum()
+            elif trained and first:
+                # ZeRO-3 (0.19.8) adds to last step's gradient of a parameter that has none in the
+                # first part of a step, so the tower gets a zero one here.
+                surrogate = model.embed_images(None)[:, :0].sum()
+            seed_chunk(seed, step, number)
+            emb, learned = objective.encode(model, part, seen)
+            if len(group):
+                own = leaf_BE.grad[group.to(emb.device)]
+                surrogate = surrogate + (emb[: len(group)] * own).sum()
+            else:
+                surrogate = surrogate + (emb * 0.0).sum()
             if learned is not None:
                 cached = leaf_t.grad if first else torch.zeros_like(leaf_t)
                 surrogate = surrogate + (learned * cached).sum()
-            if trained and first:
-                # ZeRO-3 (0.19.8) adds to last step's gradient of a parameter that has none in the
-                # first part of a step, so the tower gets a zero one here.
-                surrogate = surrogate + model.embed_images(None)[:, :0].sum()
             return surrogate, None
 
-        engine.forward_backward(replay, last=number == len(parts) - 1 and not trained)
-    if trained:
-        seed_chunk(seed, step, TOWER)
-        cached = features.grad if features.grad is not None else torch.zeros_like(features)
-
-        def replay_tower(model):
-            return (model.embed_images(batch.images) * cached).sum(), None
-
-        engine.forward_backward(replay_tower, last=True)
+        engine.forward_backward(replay, last=last)
     return report

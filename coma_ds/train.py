@@ -52,7 +52,8 @@ def main(argv: list[str]) -> None:
     """Build the run, then one visible loop."""
     args, config = parse(argv)
     device = engine.start()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.world_size()))
+    threads = os.environ.get("OMP_NUM_THREADS") or (os.cpu_count() or 1) // comm.world_size()
+    torch.set_num_threads(max(1, int(threads)))
     run = Run(config, keep=not (args.dry_run or args.verify_gradients))
     source, processing = build_processing(config)
     data = build_data(config, processing)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 
 from coma_ds.batch import IGNORE, Batch, ImageBatch
 from coma_ds.config import ModelConfig
 from coma_ds.data.collate import rope_positions
+from coma_ds.data.processing import Processing, load_processing
 from coma_ds.model.adapters import add_adapter
 from coma_ds.model.backbone import FAMILIES, Backbone
 from coma_ds.model.embedder import CompressionModel, Temperature
@@ -75,11 +81,13 @@ def tiny_model(
     temperature: float | None = None,
     seed: int = 0,
     bottleneck: str = "kv",
+    tokens: int = K,
+    first_id: int = FIRST_ID,
     **model,
 ) -> CompressionModel:
     """A model as ``build_model`` makes it, without files; ``model`` are keys of ``ModelConfig``."""
     assert family in FAMILIES
-    config = ModelConfig(compression_tokens=K, bottleneck=bottleneck, **model)
+    config = ModelConfig(compression_tokens=tokens, bottleneck=bottleneck, **model)
     torch.manual_seed(seed)
     lm = CLASSES[family]._from_config(tiny_config(family), attn_implementation="sdpa")
     if config.adapter != "none":
@@ -89,11 +97,11 @@ def tiny_model(
             if "lora_B" in name:  # zero at the start: dropout would have nothing to act on
                 parameter.data = 0.05 * torch.randn(parameter.shape, generator=noise)
     backbone = Backbone(lm, carrier, arithmetic)
-    tokens = CompressionTokens(K, backbone.width, FIRST_ID)
-    tokens.initialise(lm.get_input_embeddings().weight, seed)
+    rows = CompressionTokens(tokens, backbone.width, first_id)
+    rows.initialise(lm.get_input_embeddings().weight, seed)
     learned = Temperature(temperature) if temperature else None
     pooling = Pooling(config.pooling, backbone.width)
-    built = CompressionModel(backbone, tokens, pooling, learned, bottleneck)
+    built = CompressionModel(backbone, rows, pooling, learned, bottleneck)
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_trainable(built, config, matching=matching)
@@ -101,11 +109,17 @@ def tiny_model(
 
 
 def make_batch(
-    samples: list[dict], family: str = "qwen2_5_vl", *, seed: int = 0, pairs: int = 0
+    samples: list[dict],
+    family: str = "qwen2_5_vl",
+    *,
+    seed: int = 0,
+    pairs: int = 0,
+    tokens: int = K,
+    first_id: int = FIRST_ID,
 ) -> Batch:
     """A packed batch; each sample says ``images`` (list of (height, width) in merged cells),
     ``text`` (context tokens after the images), ``dialogue`` (its length), ``answers`` (pairs of
-    begin and end inside it) and ``content``."""
+    begin and end inside it) and ``content``; ``tokens`` compression tokens stand in each."""
     noise = torch.Generator().manual_seed(seed)
 
     def words(count):
@@ -122,11 +136,11 @@ def make_batch(
         label = [IGNORE] * len(dialogue)
         for begin, end in sample.get("answers", ()):
             label[begin:end] = dialogue[begin:end]
-        row = np.array(context + list(range(FIRST_ID, FIRST_ID + K)) + dialogue)
+        row = np.array(context + list(range(first_id, first_id + tokens)) + dialogue)
         ids.append(row)
-        labels += [IGNORE] * (len(context) + K) + label
+        labels += [IGNORE] * (len(context) + tokens) + label
         positions.append(rope_positions(row, own, IMAGE_ID, 2))
-        lengths.append((len(context), K, len(dialogue)))
+        lengths.append((len(context), tokens, len(dialogue)))
         grids += own
         counts.append(len(own))
         features.append(sum(t * h * w // 4 for t, h, w in own))
@@ -148,3 +162,24 @@ def make_batch(
         images=images,
         pairs=pairs,
     )
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A picture of one colour; ``size`` is (width, height)."""
+
+    name: str
+    colour: tuple[int, int, int] = (200, 30, 30)
+    size: tuple[int, int] = (64, 64)
+
+    def open(self) -> Image.Image:
+        return Image.new("RGB", self.size, self.colour)
+
+    def digest(self) -> bytes:
+        return hashlib.blake2b(repr((self.colour, self.size)).encode(), digest_size=16).digest()
+
+
+def demo_processing(compression_tokens: int = 8, **limits) -> Processing:
+    """The tokenizer and the image processor that the package ships."""
+    folder = Path(__file__).resolve().parents[1] / "coma_ds" / "data" / "models" / "demo-base"
+    return load_processing(folder, compression_tokens=compression_tokens, **limits)

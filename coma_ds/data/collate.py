@@ -92,7 +92,11 @@ class Collator:
         return self._pack(samples, pixels, pairs)
 
     def dialogues(self, dialogues: Sequence[Dialogue], *, prompt_only: bool = False) -> Batch:
-        """Dialogues as samples; with ``prompt_only`` each ends where its last answer begins."""
+        """Dialogues as samples; with ``prompt_only`` each ends where its last answer begins.
+
+        A dialogue too long for ``max_length`` loses its last turns; a prompt cannot, and is a
+        ``ValueError``, as is a first turn that does not fit.
+        """
         samples, pixels = [], []
         for dialogue in dialogues:
             samples.append(self._dialogue(dialogue, pixels, prompt_only))
@@ -142,16 +146,18 @@ class Collator:
             answer = [*p.encode(turn.answer), p.turn_end]
             if prompt_only and number == len(dialogue.turns) - 1:
                 answer = []
-            if len(ids) + len(question) + len(answer) > room:
-                if not number:
+            between = p.encode("\n") if ids else []
+            wanted = len(between) + len(question) + len(answer)
+            if len(ids) + wanted > room:
+                if prompt_only or not number:
+                    what = "all its turns" if prompt_only else "first turn"
                     raise ValueError(
-                        f"{dialogue.name}: its images and first turn take "
-                        f"{len(context) + len(question) + len(answer)} tokens, more than "
+                        f"{dialogue.name}: its images and {what} take "
+                        f"{len(context) + len(ids) + wanted} tokens or more, more than "
                         f"model.max_length {p.max_length} leaves"
                     )
                 self.truncated += 1
                 break
-            between = p.encode("\n") if ids else []
             ids += between + question + answer
             labels += [IGNORE] * (len(between) + len(question)) + answer
         return Sample(context, p.compression_ids, ids, labels, grids)

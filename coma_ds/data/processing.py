@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
 
+from coma_ds.config import FAMILIES
 from coma_ds.data.records import Picture
 
 COMPRESSION_TOKEN = "<|compress_{}|>"
+# Beside the stock files of an exported model: what it says of itself, and its pooling query.
 MODEL_EXTRAS = "coma_ds.json"
+POOLING_FILE = "coma_ds_pooling.safetensors"
 REMEMBERED_LENGTH, REMEMBERED_PIECES = 120, 50_000
 
 
@@ -68,16 +72,57 @@ class Processing:
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, nothing added.
 
-        Short pieces are remembered: questions and names come again and again.
+        Short pieces are remembered: questions and names come again and again.  Raises
+        ``ValueError`` for a text that spells an image or compression token: their places are ours.
         """
-        if len(text) > REMEMBERED_LENGTH:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = self._remembered.get(text)
         if ids is None:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(self._remembered) < REMEMBERED_PIECES:
+            taken = {self.image_id, *self.compression_ids}.intersection(ids)
+            if taken:
+                name = self.tokenizer.convert_ids_to_tokens(min(taken))
+                raise ValueError(
+                    f"the text {text[:80]!r} contains {name!r}, which stands for an image or a "
+                    "compression token here: take it out of the data"
+                )
+            if len(text) <= REMEMBERED_LENGTH and len(self._remembered) < REMEMBERED_PIECES:
                 self._remembered[text] = ids
         return ids
+
+
+def read_config(source: str | Path) -> PretrainedConfig:
+    """The config of a model folder or hub name.
+
+    Raises ``ValueError`` when it cannot be had, or is of a family that is not served.
+    """
+    try:
+        tree, _ = PretrainedConfig.get_config_dict(str(source))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: its config.json cannot be read ({first_line(error)})") from error
+    if not tree:
+        raise ValueError(f"{source}: no config.json there, so it is no model folder")
+    family = tree.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{source}: model family {family!r}, expected one of {', '.join(FAMILIES)}"
+        )
+    return AutoConfig.from_pretrained(source)
+
+
+def read_extras(source: str | Path) -> dict:
+    """What an exported model says of itself (``coma_ds.json``); empty for any other model."""
+    file = cached_file(
+        str(source),
+        MODEL_EXTRAS,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,  # a cached hub model on an offline machine
+    )
+    return json.loads(Path(file).read_text()) if file else {}
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error of transformers or the hub, which can be pages long."""
+    return str(error).strip().split("\n")[0].rstrip(".")[:200]
 
 
 def load_processing(
@@ -91,10 +136,17 @@ def load_processing(
     """The processing of a model folder (or hub name), with K named tokens added to its tokenizer.
 
     ``min_vision_tokens`` and ``max_vision_tokens`` bound the image tokens of a picture; None keeps
-    what the folder says.  Raises ``ValueError`` when the tokenizer lacks Qwen's special tokens.
+    what the folder says.  Raises ``ValueError`` for a model that is not there or of another
+    family, and when the tokenizer lacks Qwen's special tokens.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    config = read_config(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: its tokenizer or image processor cannot be read ({first_line(error)})"
+        ) from error
     unit = (image_processor.patch_size * image_processor.merge_size) ** 2
     size = dict(image_processor.size)
     if min_vision_tokens:
@@ -103,17 +155,21 @@ def load_processing(
         size["longest_edge"] = max_vision_tokens * unit
     image_processor.size = size
 
+    extras = read_extras(folder)
     names = [COMPRESSION_TOKEN.format(k) for k in range(compression_tokens)]
+    if not extras and any(name in tokenizer.get_vocab() for name in names):
+        raise ValueError(
+            f"{folder}: the tokenizer has compression tokens, but {MODEL_EXTRAS} is not there: "
+            "the export is not complete, copy the file that belongs to it"
+        )
     tokenizer.add_tokens(names, special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(names)
     if ids and ids != list(range(ids[0], ids[0] + len(ids))):
         raise ValueError(f"{folder}: the compression tokens do not have consecutive ids")
 
-    config = AutoConfig.from_pretrained(folder)
     turn_start, turn_end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     if turn_start is None or turn_end is None:
         raise ValueError(f"{folder}: the tokenizer has no <|im_start|> and <|im_end|>")
-    extras = Path(folder) / MODEL_EXTRAS
     return Processing(
         tokenizer=tokenizer,
         image_processor=image_processor,
@@ -125,5 +181,5 @@ def load_processing(
         turn_end=turn_end,
         max_length=max_length,
         max_vision_tokens=max_vision_tokens or max_length - compression_tokens - 2,
-        extras=json.loads(extras.read_text()) if extras.is_file() else {},
+        extras=extras,
     )

@@ -66,6 +66,10 @@ class AnswerHead(nn.Module):
         return total, right.float()
 
     @torch.no_grad()
-    def predict(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """The most likely next token of each row, int64 [R]."""
-        return F.linear(hidden_RD, self.weight).argmax(-1)
+    def predict(self, hidden_RD: torch.Tensor, words: int | None = None) -> torch.Tensor:
+        """The most likely next token of each row, int64 [R], among the first ``words`` ids.
+
+        In an exported model with a tied table the compression tokens are output rows as well,
+        which no loss ever pushed down: they are no words.
+        """
+        return F.linear(hidden_RD, self.weight[:words]).argmax(-1)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coma_ds.batch import Batch, ImageBatch
+from coma_ds.config import FAMILIES
 from coma_ds.model.attention import (
     ARITHMETIC,
     TEXT_ATTENTION,
@@ -22,7 +23,6 @@ from coma_ds.model.attention import (
     build_layout,
 )
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CARRIERS = ("split", "dense", "packed")
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,14 +16,23 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from coma_ds.data.processing import COMPRESSION_TOKEN, MODEL_EXTRAS, Processing
+from coma_ds.data.processing import (
+    COMPRESSION_TOKEN,
+    MODEL_EXTRAS,
+    POOLING_FILE,
+    Processing,
+    first_line,
+)
 from coma_ds.model.adapters import adapter_layers, merged_weight
 from coma_ds.model.embedder import CompressionModel
 
-POOLING_FILE = "coma_ds_pooling.safetensors"
+log = logging.getLogger("coma_ds")
+
 ROW_MULTIPLE = 64
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def whole_state(
@@ -64,8 +75,10 @@ def export_model(
 ) -> None:
     """Write the model folder (on the rank that is ``main``; every rank takes part).
 
-    ``card`` is the text of the model card, ``extras`` goes into ``coma_ds.json`` beside the number
-    of tokens and the pooling.
+    ``card`` is the text of the model card, ``extras`` goes into ``coma_ds.json`` beside what a
+    user of the model must know: the tokens, the pooling, the precision.  The folder is written
+    under another name first, so that it is there as a whole or not at all; an earlier export of
+    the same name is replaced.
     """
     state = whole_state(model, whole, keep=main)
     own = [p for p in (model.tokens, model.pooling) if p is not None]
@@ -74,30 +87,52 @@ def export_model(
         query = None if model.pooling.query is None else model.pooling.query.detach().cpu().clone()
     if not main:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.backbone.lm.config)
-    count = 0
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    lm = model.backbone.lm
+    config = copy.deepcopy(lm.config)
     if rows is not None:
-        count = len(rows)
         write_rows(state, config, rows, model.tokens.first_id)
-    save_torch_state_dict(state, folder, max_shard_size="4GB")
-    config.architectures = [type(model.backbone.lm).__name__]
-    config.dtype = next(iter(state.values())).dtype
+    dtype = next(iter(state.values())).dtype
+    save_torch_state_dict(state, partial, max_shard_size="4GB")
+    config.architectures = [type(lm).__name__]
     for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation = "sdpa"
-    config.save_pretrained(folder)
-    save_processor(processing, config.model_type, folder)
+        part._attn_implementation = "sdpa"  # ours are known to no one else
+        part.dtype = dtype
+    config.save_pretrained(partial)
+    save_generation_config(lm, partial)
+    save_processor(processing, config.model_type, partial)
     if query is not None:
-        save_file({"query": query.float()}, folder / POOLING_FILE)
+        save_file({"query": query.float()}, partial / POOLING_FILE)
+    count = 0 if rows is None else len(rows)
     extras = {
         "compression_tokens": count,
         "first_id": model.tokens.first_id if count else None,
         "token_names": [COMPRESSION_TOKEN.format(k) for k in range(count)],
         "pooling": model.pooling.kind,
+        "precision": "autocast" if model.autocast else PRECISIONS[dtype],
+        "max_length": processing.max_length,
         **extras,
     }
-    (folder / MODEL_EXTRAS).write_text(json.dumps(extras, indent=2) + "\n")
-    (folder / "README.md").write_text(card)
+    (partial / MODEL_EXTRAS).write_text(json.dumps(extras, indent=2) + "\n")
+    (partial / "README.md").write_text(card)
+    for file in partial.glob("*.safetensors"):  # written for the owner alone
+        shutil.copymode(partial / "README.md", file)
+    before = folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
+    partial.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def save_generation_config(lm: PreTrainedModel, folder: Path) -> None:
+    """The generation config that the weights came with, if transformers finds it consistent."""
+    try:
+        lm.generation_config.save_pretrained(folder)
+    except ValueError as error:
+        log.warning("generation_config.json is left out: %s", first_line(error))
 
 
 def write_rows(state: dict, config, rows_KD: torch.Tensor, first_id: int) -> None:
@@ -137,3 +172,5 @@ def save_processor(processing: Processing, family: str, folder: Path) -> None:
         processing.image_processor, processing.tokenizer, chat_template=template
     )
     processor.save_pretrained(folder)
+    # The older place of the same: other runtimes read it, and transformers' own video processor.
+    processing.image_processor.save_pretrained(folder)

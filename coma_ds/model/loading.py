@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import cached_file
 
 from coma_ds.config import MatchConfig, ModelConfig
+from coma_ds.data.processing import (
+    POOLING_FILE,
+    Processing,
+    first_line,
+    load_processing,
+    read_config,
+)
 from coma_ds.model.adapters import add_adapter
-from coma_ds.model.backbone import FAMILIES, Backbone
+from coma_ds.model.backbone import Backbone
 from coma_ds.model.embedder import CompressionModel, Temperature
 from coma_ds.model.pooling import Pooling
 from coma_ds.model.tokens import CompressionTokens
@@ -65,24 +73,31 @@ def load_language_model(
     """The ``...ForConditionalGeneration`` of ``source``, weights read or drawn from ``seed``.
 
     ``sharding`` is the DeepSpeed config of a ZeRO-3 run: the weights are then read into shards.
-    Raises ``ValueError`` for a family that is not served, and for missing or unexpected weights,
-    with their names.
+    Raises ``ValueError`` for a family that is not served, for a folder without weights, and for
+    missing or unexpected weights, with their names.
     """
-    config = AutoConfig.from_pretrained(source)
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{source}: model family {config.model_type!r}, expected one of {', '.join(FAMILIES)}"
-        )
+    config = read_config(source)
     cls = CLASSES[config.model_type]
     if weights == "random":
         torch.manual_seed(seed)
         return cls._from_config(config, attn_implementation="sdpa").to(dtype)
     # transformers looks this object up while it loads; it is forgotten when the name goes.
     sharded = HfDeepSpeedConfig(sharding) if sharding else None
-    model, info = cls.from_pretrained(
-        source, attn_implementation="sdpa", dtype=dtype, output_loading_info=True
-    )
-    del sharded
+    try:
+        model, info = cls.from_pretrained(
+            source,
+            attn_implementation="sdpa",
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the missing ones
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{source}: its weights cannot be read ({first_line(error)}); "
+            "model.weights=random starts without any"
+        ) from error
+    finally:
+        del sharded
     check_loaded(source, info)
     return model
 
@@ -140,6 +155,19 @@ def stored_tokens(
         return table[first : first + count].detach().float().cpu().clone()
 
 
+def stored_query(source: str, extras: dict) -> torch.Tensor | None:
+    """The pooling query [D], float32, of an exported model with attention pooling, or None.
+
+    Raises ``ValueError`` when its file is missing.
+    """
+    if extras.get("pooling") != "attention":
+        return None
+    file = cached_file(source, POOLING_FILE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        raise ValueError(f"{source}: pooled by attention, but {POOLING_FILE} is not there")
+    return load_file(file)["query"]
+
+
 def build_model(
     config: ModelConfig,
     match: MatchConfig,
@@ -158,7 +186,7 @@ def build_model(
 
     ``first_id`` is the id of the first compression token, ``extras`` what the model folder says of
     itself (``coma_ds.json``).  The tokens start from those of the folder if it has any, else from
-    the statistics of the embedding table.
+    the statistics of the embedding table; the pooling query likewise, else from zero.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     lm = load_language_model(
@@ -186,13 +214,17 @@ def build_model(
                 tokens.initialise(table, seed)
         else:
             tokens.weight.data.copy_(rows)
+    pooling = Pooling(config.pooling, backbone.width)
+    query = stored_query(source, extras)
+    if query is not None and pooling.query is not None:
+        pooling.query.data.copy_(query)
     temperature = None
     if matching and match.learn_temperature:
         temperature = Temperature(match.temperature)
     model = CompressionModel(
         backbone,
         tokens,
-        Pooling(config.pooling, backbone.width),
+        pooling,
         temperature,
         config.bottleneck,
         autocast=precision == "autocast",
@@ -201,6 +233,36 @@ def build_model(
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_trainable(model, config, matching=matching)
     return model.to(dtype)
+
+
+def load_finished(
+    source: str, config: ModelConfig, *, precision: str, device: torch.device
+) -> tuple[CompressionModel, Processing]:
+    """An exported model that is used and not trained, whole on ``device``, and its processing.
+
+    ``config`` says how it is arranged; its adapter and the source of its weights do not count.
+    Raises ``ValueError`` as ``load_processing`` and ``load_language_model`` do, and for another
+    number of tokens than the model has.
+    """
+    processing = load_processing(
+        source, compression_tokens=config.compression_tokens, max_length=config.max_length
+    )
+    plain = {"adapter": "none", "weights": "pretrained", "gradient_checkpointing": False}
+    ids = processing.compression_ids
+    model = build_model(
+        config.model_copy(update=plain),
+        MatchConfig(),
+        matching=False,
+        source=source,
+        first_id=ids[0] if ids else 0,
+        extras=processing.extras,
+        precision=precision,
+        sharding=None,
+        whole=lambda _: nullcontext(),
+        seed=0,
+        device=device,
+    )
+    return model.requires_grad_(False).eval().to(device), processing
 
 
 def trainable(model: nn.Module) -> Sequence[nn.Parameter]:

@@ -89,7 +89,8 @@ def _row_losses(query_RD, target_MD, positive_R, temperature, false_negatives):
     keep = competitors(positive_R, len(target_MD), false_negatives)
     # log(1 + sum exp(s - s_pos)): the gradient of an easy row keeps its digits, unlike p - 1.
     excess = (logits_RM - positive_logit).masked_fill(~keep, float("-inf"))
-    zero = torch.zeros_like(positive_logit)
+    # NaN for a positive that is not finite: a row without a competitor must not hide it.
+    zero = (positive_logit - positive_logit).detach()
     return torch.logsumexp(torch.cat([zero, excess], 1), 1)
 
 

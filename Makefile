@@ -1,0 +1,48 @@
+# The first call of a goal that runs Python sets up .venv; later ones only when the pins change.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-long demo-base test lint clean
+
+help:
+	@echo 'make demo       compress, then match, on the built-in pictures (10 minutes on 2 cores)'
+	@echo 'make demo-long  the same with more steps (an hour)'
+	@echo 'make demo-base  train the model that the demo starts from again (hours)'
+	@echo 'make test       linter and tests (12 minutes on 2 cores)'
+	@echo 'make lint       linter only'
+	@echo 'make clean      remove build products and caches; runs/ and $(VENV) stay'
+
+setup: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@echo 'set-up: $(VENV) and the pinned packages (once)'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(PY) -m coma_ds.commands.demo
+
+demo-long: $(STAMP)
+	@$(PY) -m coma_ds.commands.demo --long
+
+# The shipped base: its empty folder, hours of training, the result in place of the empty folder.
+BASE := coma_ds/data/models/demo-base
+BASE_RUN ?= runs/demo-base
+demo-base: $(STAMP)
+	$(PY) -m coma_ds.commands.demo_base $(BASE)
+	$(PY) coma_ds/train.py --recipe demo-base output=$(BASE_RUN)
+	$(PY) -m coma_ds.commands.demo_base --install $(BASE_RUN) $(BASE)
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+
+test: lint
+	@$(PY) -m pytest
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find coma_ds kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,137 @@
+"""The configurations of the exactness tests, and the faults that they must see."""
+
+from __future__ import annotations
+
+from tests.distributed.exact import Case
+
+ONE = {"samples": 1}
+BUDGET = {"samples": 64, "tokens": 40}
+LORA = {"adapter": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}}
+DORA = LORA | {"adapter": "dora"}
+TOWER = {"train_vision": True}
+CHECKPOINTED = {"gradient_checkpointing": True}
+LEARNED = {"temperature": 0.05}
+ATTENTION = {"pooling": "attention"}
+LAST_HIDDEN = {"bottleneck": "last_hidden"}
+# Without clipping the scale of the gradient shows in the parameters too; the rate makes up.
+UNCLIPPED = {"clip": 0.0, "lr": 1e-4}
+STAGES = ("zero0", "zero1", "zero2", "zero3", "strict", "zero3_offload")
+
+
+def match_cases() -> list[Case]:
+    """Stage 2; frozen tower, mixed images, three samples a chunk where nothing else is said."""
+    cases = [Case(f"match {d}", d) for d in STAGES]
+    cases += [Case(f"match {d} unclipped", d, **UNCLIPPED) for d in ("zero0", "zero1")]
+    for d in ("zero0", "zero1", "zero2", "strict", "zero3_offload"):
+        cases.append(Case(f"match {d} tower", d, model=TOWER))
+    for d in ("zero0", "zero1", "zero2", "strict", "zero3_offload"):
+        cases.append(Case(f"match {d} poisoned", d, poisoned=True))
+    for d in ("zero2", "strict"):
+        cases += [
+            Case(f"match {d} lora", d, model=LORA),
+            Case(f"match {d} uneven", d, uneven=True, **UNCLIPPED),
+            Case(f"match {d} temperature", d, model=LEARNED),
+        ]
+    return [
+        *cases,
+        Case("match strict one sample a chunk", chunk=ONE),
+        Case("match strict token budget", chunk=BUDGET),
+        Case("match strict dora", model=DORA),
+        Case("match strict lora checkpointing", model=LORA | CHECKPOINTED),
+        Case("match strict attention pooling", model=ATTENTION),
+        Case("match zero2 last token", "zero2", model={"pooling": "last"}),
+        Case("match zero2 no mask", "zero2", match={"mask_false_negatives": False}),
+        Case("match strict tower no image", images="none", model=TOWER),
+        Case("match strict qwen2_vl tower", family="qwen2_vl", model=TOWER),
+        Case("match strict qwen3_vl tower", family="qwen3_vl", model=TOWER),
+        Case("match zero2 qwen3_vl", "zero2", family="qwen3_vl"),
+        Case("match zero2 packed", "zero2", model={"carrier": "packed", "arithmetic": "matmul"}),
+        Case(
+            "match strict all at once",
+            uneven=True,
+            chunk=BUDGET,
+            model=LORA | TOWER | CHECKPOINTED | ATTENTION | LEARNED,
+        ),
+    ]
+
+
+def compress_cases() -> list[Case]:
+    """Stage 1; images in every dialogue where nothing else is said."""
+
+    def case(name: str, deepspeed: str = "strict", **more) -> Case:
+        return Case(f"compress {name}", deepspeed, "compress", **{"images": "all", **more})
+
+    unclipped = UNCLIPPED | {"lr": 1e-2}
+    return [
+        *[case(d, d) for d in STAGES],
+        *[case(f"{d} unclipped", d, **unclipped) for d in ("zero0", "zero2")],
+        *[case(f"{d} tower", d, model=TOWER) for d in ("zero0", "zero2", "strict")],
+        case("strict mixed", images="mixed"),
+        case("strict tower mixed", images="mixed", model=TOWER),
+        case("zero1 token budget", "zero1", chunk=BUDGET),
+        case("strict lora", model=LORA),
+        case("strict dora", model=DORA),
+        case("strict checkpointing", model=CHECKPOINTED),
+        case("strict kl", model=LORA, compress={"loss": "kl"}),
+        case("zero2 visible", "zero2", compress={"visible": True}),
+        case("strict last_hidden", model=LAST_HIDDEN),
+        case("zero2 last_hidden tower", "zero2", model=LAST_HIDDEN | TOWER),
+        case("zero2 dense", "zero2", model={"carrier": "dense"}),
+        case("zero2 packed", "zero2", model={"carrier": "packed"}),
+        case("strict qwen2_vl tower", family="qwen2_vl", model=TOWER),
+        case("strict qwen3_vl tower", family="qwen3_vl", model=TOWER),
+    ]
+
+
+def precision_cases() -> list[Case]:
+    """One per ZeRO arrangement and precision below fp32, with AdamW as in a real run.
+
+    A temperature of 0.2, so that the loss does not magnify the rounding of the cosines.
+    """
+    stages = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+    pairs = [*[(d, "bf16") for d in stages], ("zero0", "autocast"), ("zero3", "autocast")]
+    shared = {"kind": "adamw", "lr": 1e-3, "match": {"temperature": 0.2}}
+    return [
+        Case(f"{stage} {d} {precision}", d, stage, precision=precision, images="all", **shared)
+        for stage in ("match", "compress")
+        for d, precision in pairs
+    ]
+
+
+def broken_cases() -> list[Case]:
+    """A case that is exact, with a fault: it must not pass."""
+    faults = [
+        ("surrogate times W", Case("", "zero2", **UNCLIPPED)),
+        ("surrogate times W", Case("", "strict")),  # seen in the gradient norm
+        ("no boundary calls", Case("", "zero1")),
+        ("no boundary calls", Case("", "zero2")),
+        ("every part is the last", Case("", "zero2", "compress", images="all")),
+        ("no touch of the trained tower", Case("", "strict", model=TOWER)),
+        ("seed not replayed", Case("", "strict", model=LORA)),
+        ("rows counted on one rank", Case("", "strict", uneven=True, **UNCLIPPED)),
+        ("rows counted on one rank", Case("", "zero2", "compress", images="all")),
+        ("ids of one rank only", Case("", "strict")),
+        ("gather without a sum", Case("", "strict", **UNCLIPPED)),
+    ]
+    return [
+        Case(**{**vars(case), "name": f"{fault}, {case.deepspeed} {case.stage}", "broken": fault})
+        for fault, case in faults
+    ]
+
+
+# W = 4 on two cores: one case for each thing that depends on the number of ranks.
+REDUCED = (
+    "match zero0", "match zero1 tower", "match zero1 unclipped", "match strict",
+    "match strict tower", "match strict uneven", "match strict temperature",
+    "match strict all at once", "match strict qwen3_vl tower",
+    "compress zero0", "compress zero2 unclipped", "compress strict", "compress strict tower mixed",
+)  # fmt: skip
+
+
+def all_cases(world: int) -> list[Case]:
+    """What runs in a world of that size."""
+    cases = match_cases() + compress_cases()
+    if world == 4:
+        return [c for c in cases if c.name in REDUCED]
+    cases += precision_cases()
+    return cases + broken_cases() if world == 2 else cases
