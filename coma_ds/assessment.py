@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from coma_ds import comm
 from coma_ds.config import RunConfig
 from coma_ds.data.builtin import BottleneckQuestions
+from coma_ds.data.builtin.baseline import pixel_baseline
 from coma_ds.data.builtin.evaluation_sets import write_mmeb_eval
 from coma_ds.data.collate import Collator
 from coma_ds.data.dialogues import DialogueFile, questions_of
 from coma_ds.data.mmeb import mmeb_eval
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
-from coma_ds.data.records import Dialogue, RankingTask
-from coma_ds.evaluation import evaluate
+from coma_ds.data.records import Dialogue, RankingTask, Side
+from coma_ds.evaluation import evaluate, precision_at_1
 from coma_ds.inference import Run, encode_sides, greedy_answers
 
 log = logging.getLogger("coma_ds")
+
+IMAGE_TO_IMAGE = ("i2i/", "i2i_style/")  # of the built-in sets
 
 
 def load_tasks(config: RunConfig, cache: Path, sets: Sequence[str] = ()) -> list[RankingTask]:
@@ -58,7 +62,10 @@ def evaluate_ranking(
     device,
     watch: Callable | None = None,
 ) -> dict[str, Any]:
-    """The results of ``evaluation.evaluate``, the same on any number of ranks."""
+    """The results of ``evaluation.evaluate``, the same on any number of ranks.
+
+    The built-in image-to-image sets have ``pixel_p@1`` as well, what raw pixels reach.
+    """
 
     def encode(sides) -> np.ndarray:
         return encode_sides(
@@ -70,7 +77,33 @@ def evaluate_ranking(
             workers=config.data.workers,
         )
 
-    return evaluate(tasks, encode, watch)
+    results = evaluate(tasks, encode, watch)
+    if config.eval.root is None:
+        for task in tasks:
+            if task.name.startswith(IMAGE_TO_IMAGE):
+                results["sets"][task.name]["pixel_p@1"] = pixel_precision(task)
+    return results
+
+
+def pixel_precision(task: RankingTask) -> float:
+    """Precision@1 of the raw-pixel baseline on a set whose sides all have one image."""
+
+    def pixels(sides: Sequence[Side]) -> torch.Tensor:
+        rows = [pixel_baseline(side.images[0].open()) for side in sides]
+        return torch.from_numpy(np.stack(rows))
+
+    hits_Q, _ = precision_at_1(pixels(task.queries), pixels(task.pool), task.candidates)
+    return float(hits_Q.double().mean())
+
+
+def format_pixels(results: dict[str, Any]) -> str:
+    """A line that puts the raw-pixel baseline beside the model; empty where there is none."""
+    parts = [
+        f"{name} {100 * row['pixel_p@1']:.1f} (model {100 * row['p@1']:.1f})"
+        for name, row in results["sets"].items()
+        if "pixel_p@1" in row
+    ]
+    return f"raw pixels, P@1 in %: {', '.join(parts)}\n" if parts else ""
 
 
 def bottleneck_questions(config: RunConfig) -> list[Dialogue]:

@@ -121,6 +121,12 @@ class OptimConfig(Section):
     clip: float = Field(1.0, ge=0)  # 0: off
     kind: Literal["adamw", "muon", "sgd"] = "adamw"
 
+    @model_validator(mode="after")
+    def _rates(self):
+        if self.kind == "muon" and self.token_lr:
+            raise ValueError("token_lr has no effect with kind 'muon', which has one rate")
+        return self
+
 
 class EvalConfig(Section):
     every: int = Field(0, ge=0)  # steps; 0: at the end only

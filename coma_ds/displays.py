@@ -26,7 +26,7 @@ from coma_ds.metrics import Monitor
 NEAREST = 5
 SAMPLES, SHOWN = 12, 6  # queries written down for a set, and those of them in its picture
 POINTS, THUMB = 400, 40  # candidates in the projector, pixels of their thumbnails
-CELL, GAP, QUERY_WIDTH, CAPTION = 96, 12, 220, 18
+CELL, GAP, QUERY_WIDTH, CAPTION = 96, 12, 226, 20
 PAPER, INK, MUTED, PANEL, GOLD = "#ffffff", "#1c1f24", "#767c85", "#f1f2f4", "#0f8a5f"
 NEIGHBOURS_FILE = "neighbours.json"
 
@@ -67,7 +67,7 @@ class Displays:
         found = find_neighbours(task, query_emb_QE, pool_emb_PE)
         self.found[task.name] = found
         picture = neighbour_grid(task, found[:: max(1, len(found) // SHOWN)][:SHOWN])
-        self.monitor.image(f"neighbours/{task.name}", picture, self.step)
+        self.monitor.image(f"val neighbours/{task.name}", picture, self.step)
         if self.final and ranks_pictures and not self._projected:
             self._projected = True
             emb_NE, labels, thumbs_N3HW = projector_points(task, pool_emb_PE)
@@ -119,16 +119,50 @@ def ranking_tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[l
     if len(results["sets"]) > 1:
         columns = [column for column in COLUMNS if column in groups]
         row = ["P@1", *(f"{100 * groups[column]:.1f}" for column in columns)]
-        tables.append(("1 means", ["%", *columns], [row]))
+        tables.append(("0 means", ["%", *columns], [row]))
     by_group: dict[str, list[list[str]]] = {}
     for name, values in results["sets"].items():
-        figures = [values["p@1"], values["recall@10"], values["chance"]]
-        row = [name, *(f"{100 * figure:.1f}" for figure in figures), str(values["ties"])]
+        figures = [f"{100 * values[key]:.1f}" for key in ("p@1", "recall@10")]
+        row = [name, *figures, f"{100 * values['chance']:.2f}", str(values["ties"])]
         by_group.setdefault(values["group"], []).append(row)
     header = ["set", "P@1 %", "R@10 %", "chance %", "ties"]
-    for group in (column for column in COLUMNS if column in by_group):
-        tables.append((f"{len(tables) + 1} {group}", header, by_group[group]))
+    for number, group in enumerate(COLUMNS, 1):  # TensorBoard sorts by name
+        if group in by_group:
+            tables.append((f"{number} {group}", header, by_group[group]))
     return tables
+
+
+def curves(
+    results: dict[str, Any], *, means: bool = True
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The figures of an evaluation by name, and under which tag TensorBoard shows them.
+
+    The means come first there, then a group for each meta-task, or for each way of answering.
+    Without ``means`` they have no tag: means over other sets are no points of the same curve.
+    """
+    values: dict[str, float] = {}
+    tags: dict[str, str] = {}
+    for name, row in results.get("sets", {}).items():
+        values[name] = row["p@1"]
+        tags[name] = f"val {row['group']}/{name}"
+    for name, value in results.get("groups", {}).items():
+        values[f"group/{name}"] = value
+        if means:
+            tags[f"group/{name}"] = f"val/{name}"
+    for kind, row in results.get("bottleneck", {}).items():
+        for way, value in row.items():
+            values[f"{kind}/{way}"] = value
+            if way != "questions":
+                tags[f"{kind}/{way}"] = f"val {way}/{kind}"
+    return values, tags
+
+
+def result_tags(tags: dict[str, str]) -> list[str]:
+    """Those that stand for the run beside others: the means, or what the tokens alone answer."""
+    means = [tag for tag in tags.values() if tag.startswith("val/")]
+    return means or [
+        tag for tag in tags.values() if tag.startswith(("val tokens/", "val visible/"))
+    ]
 
 
 def bottleneck_table(
@@ -226,8 +260,8 @@ def _fitted(picture: Picture, size: int) -> Image.Image:
 def _write(
     sheet: Image.Image, corner: tuple[int, int], text: str, width: int, lines: int, colour: str
 ) -> None:
-    font = ImageFont.load_default(13)
-    wrapped = textwrap.wrap(text, max(8, int(width / 6.6)), max_lines=lines, placeholder=" ...")
+    font = ImageFont.load_default(15)
+    wrapped = textwrap.wrap(text, max(8, int(width / 7.6)), max_lines=lines, placeholder=" ...")
     block = "\n".join(wrapped)
     ImageDraw.Draw(sheet).multiline_text(corner, block, fill=colour, font=font, spacing=3)
 
@@ -253,5 +287,5 @@ def _paste_candidate(
         _write(sheet, (x + 6, y + 6), words(side), CELL - 10, 5, INK)
     if gold:
         draw.rectangle((x - 3, y - 3, x + CELL + 2, y + CELL + 2), outline=GOLD, width=3)
-    font = ImageFont.load_default(12)
+    font = ImageFont.load_default(13)
     draw.text((x, y + CELL + 4), caption, fill=GOLD if gold else MUTED, font=font)

@@ -71,6 +71,17 @@ def start(timeout_minutes: int | None = None) -> torch.device:
     return device
 
 
+def share_threads() -> None:
+    """Divide the cores that this job may use among the ranks of the machine.
+
+    ``OMP_NUM_THREADS``, where it is set, is what each rank takes instead.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+    fair = len(os.sched_getaffinity(0)) // int(ranks)
+    torch.set_num_threads(max(1, int(told) if told.isdigit() else fair))
+
+
 def _keep_freed_memory() -> None:
     """Tell glibc to keep what is freed, instead of giving it back to the kernel.
 

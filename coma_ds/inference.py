@@ -84,9 +84,7 @@ def encode_sides(
     order = sorted(range(len(sides)), key=lambda i: (len(sides[i].images), len(sides[i].text)))
     sorted_sides = [sides[i] for i in order]
     found: dict[int, np.ndarray] = {}
-    for rows, batch in _own_batches(
-        sorted_sides, batch_size, collator.sides, workers, shared
-    ):
+    for rows, batch in _own_batches(sorted_sides, batch_size, collator.sides, workers, shared):
         batch = batch.to(device)
         emb = run(lambda m, b=batch: m.embeddings(b, m.embed_images(b.images)))
         found.update(zip((order[r] for r in rows), emb.float().cpu().numpy()))
@@ -136,6 +134,8 @@ def greedy_answers(
                 return model.answers.predict(states, vocabulary)
 
             words = run(predict).cpu()
+            # an image token that stands for no image: the answer ends there
+            words = words.masked_fill(words == collator.processing.image_id, end)
             for answer, word in zip(answers, words.tolist()):
                 answer.append(word)
             batch = append(batch, words)

@@ -11,6 +11,15 @@ from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+SPEED = (
+    "samples_per_second",
+    "tokens_per_second",
+    "data_wait_percent",
+    "memory_mib",
+    "training_seconds",
+)
 
 
 class Monitor:
@@ -36,8 +45,18 @@ class Monitor:
             purge = resume_step or None
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
-    def scalars(self, step: int, values: dict[str, float], group: str = "train") -> None:
-        """One line of metrics.jsonl and one point of each curve; values must be numbers."""
+    def scalars(
+        self,
+        step: int,
+        values: dict[str, float],
+        group: str = "train",
+        tags: dict[str, str] | None = None,
+    ) -> None:
+        """One line of metrics.jsonl and one point of each curve; values must be numbers.
+
+        ``tags`` names the curves of those values that TensorBoard shows, where it is given; else
+        it shows all, those of the machine beside those of the training.
+        """
         if not self.active:
             return
         line = {"step": step, "group": group, "time": round(time.time(), 3)}
@@ -45,8 +64,11 @@ class Monitor:
             if value is None:
                 continue
             line[name] = value if math.isfinite(value) else str(value)
-            if self._board:
-                self._board.add_scalar(f"{group}/{name}", value, step)
+            tag = f"{group} speed/{name}" if name in SPEED else f"{group}/{name}"
+            if tags is not None:
+                tag = tags.get(name)
+            if self._board and tag:
+                self._board.add_scalar(tag, value, step)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -77,14 +99,19 @@ class Monitor:
                 torch.from_numpy(emb_NE), list(labels), torch.from_numpy(thumbs_N3HW), step, name
             )
 
-    def hparams(self, values: dict[str, Any], results: dict[str, float]) -> None:
-        """The run's flat configuration beside its results, in the hparams tab."""
-        if self._board:
-            plain = {
-                k: v if isinstance(v, int | float | str | bool) else str(v)
-                for k, v in values.items()
-            }
-            self._board.add_hparams(plain, results, run_name=".")
+    def hparams(self, values: dict[str, Any], tags: Sequence[str]) -> None:
+        """The run's flat configuration in the hparams tab, beside the last values of the curves
+        ``tags``."""
+        if not self._board:
+            return
+        plain = {
+            k: v if isinstance(v, int | float | str | bool) else str(v)
+            for k, v in values.items()
+            if v is not None
+        }
+        # add_hparams would write the values a second time, at step 0
+        for summary in hparams(plain, dict.fromkeys(tags, 0.0)):
+            self._board.file_writer.add_summary(summary)
 
     def close(self) -> None:
         """Flush and close both."""

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import resource
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from coma_ds.assessment import (
     evaluate_bottleneck,
     evaluate_ranking,
     format_bottleneck,
+    format_pixels,
     load_tasks,
 )
 from coma_ds.batch import Batch
@@ -31,7 +28,7 @@ from coma_ds.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.collate import Collator
 from coma_ds.data.processing import Processing
-from coma_ds.displays import Displays, bottleneck_table
+from coma_ds.displays import Displays, bottleneck_table, curves, result_tags
 from coma_ds.engine import Engine, StepResult, full_parameters
 from coma_ds.evaluation import format_table, write_results
 from coma_ds.metrics import Monitor, flatten
@@ -42,6 +39,12 @@ from coma_ds.report import describe_run
 log = logging.getLogger("coma_ds")
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "triton", "flash-attn")
+# Settings that make no difference between the results of two runs.
+UNCOMPARED = {
+    **dict.fromkeys(("output", "eval", "checkpoint", "logging"), True),
+    "data": {"root", "path", "image_root", "workers"},
+}
+OTHER_OBJECTIVE = {"compress": "match", "match": "compress"}
 
 
 class Run:
@@ -55,7 +58,7 @@ class Run:
         self.seconds = 0.0  # of training, without evaluation and saving
         self.monitor: Monitor | None = None
         self.bar: tqdm | None = None
-        _log_to_stderr(self.main)
+        log_to_stderr(self.main)
         if keep and self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(dump(config))
@@ -92,7 +95,7 @@ class Run:
         logging_config = self.config.logging
         active = self.keep and self.main
         self.monitor = Monitor(
-            self.folder, active=active, tensorboard=logging_config.tensorboard, resume_step=step
+            self.folder, active=active, tensorboard=logging_config.tensorboard, resume_step=step + 1
         )
         self.monitor.text("config", f"```\n{dump(self.config)}```")
         if self.main and logging_config.progress and sys.stderr.isatty():
@@ -170,19 +173,17 @@ class Run:
             results |= evaluate_ranking(engine, collator, tasks, config, engine.device, watch)
             if self.main:
                 displays.finish(results)
-            flat = {name: row["p@1"] for name, row in results["sets"].items()}
-            flat |= {f"group/{name}": value for name, value in results["groups"].items()}
-            text = format_table(results)
+            text = format_table(results) + format_pixels(results)
         else:
             questions = bottleneck_questions(config)
             table = evaluate_bottleneck(engine, collator, questions, config, engine.device)
             results["bottleneck"] = table
             self.monitor.table("results/bottleneck", *bottleneck_table(table), done)
-            flat = {f"{k}/{w}": v for k, row in table.items() for w, v in row.items()}
             text = format_bottleneck(table)
         engine.train()
-        flat["training_seconds"] = self.seconds
-        self.monitor.scalars(done, flat, group="eval")
+        values, tags = curves(results, means=final or not config.eval.along)
+        values["training_seconds"] = self.seconds
+        self.monitor.scalars(done, values, group="eval", tags=tags)
         if final:
             log.info("results after %d steps:\n%s", done, text)
         return results
@@ -192,29 +193,33 @@ class Run:
         if not self.keep:
             log.info("dry run: one step done, nothing written")
             return
-        extras = {"objective": self.config.objective, "recipe": self.config.recipe}
-        export_model(
-            engine.model,
-            processing,
-            self.folder / "model",
-            whole=full_parameters,
-            main=self.main,
-            card=model_card(self.config),
-            extras=extras,
-        )
+        export_run(self.config, engine, processing, self.folder / "model", done)
         if self.config.eval.at_end:
             results = self.evaluate(engine, processing, done, final=True)
             if self.main:
                 write_results(self.folder / "results.json", results)
-            groups = results.get("groups", {})
-            self.monitor.hparams(
-                flatten(self.config.model_dump(mode="json")),
-                {f"result/{k}": v for k, v in groups.items()} or {"result/steps": done},
-            )
+            aside = UNCOMPARED | {OTHER_OBJECTIVE[self.config.objective]: True}
+            settings = flatten(self.config.model_dump(mode="json", exclude=aside))
+            self.monitor.hparams(settings, result_tags(curves(results)[1]))
         if self.bar is not None:
             self.bar.close()
         self.monitor.close()
         log.info("done: %s (%.0f s of training)", self.folder, self.seconds)
+
+
+def export_run(
+    config: RunConfig, engine: Engine, processing: Processing, folder: Path, step: int
+) -> None:
+    """Write the model of a run, as it is after ``step`` steps; every rank takes part."""
+    export_model(
+        engine.model,
+        processing,
+        folder,
+        whole=full_parameters,
+        main=comm.rank() == 0,
+        card=model_card(config, step),
+        extras={"objective": config.objective, "recipe": config.recipe, "step": step},
+    )
 
 
 def memory_mib() -> float:
@@ -235,36 +240,11 @@ def versions() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _log_to_stderr(main: bool) -> None:
+def log_to_stderr(main: bool) -> None:
+    """The package's log on stderr, bare lines; of other ranks than ``main`` errors only."""
     log.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO if main else logging.ERROR)
     log.propagate = False
-
-
-def entry_point(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Run ``main`` and end this rank with its code, the message of an error last.
-
-    A ``ValueError`` is the user's: one sentence, no trace.  Rank 0 speaks first: the launcher ends
-    the others on its exit, so that an error that all ranks find is said once.
-    """
-    code = 0
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        main(argv)
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException as error:
-        if rank:
-            time.sleep(3)
-        code = 2 if isinstance(error, ValueError) else 1
-        if code == 1:
-            sys.stderr.write(traceback.format_exc())
-        where = f" on rank {rank}" if rank or code == 1 else ""
-        kind = f"{type(error).__name__}: " if code == 1 else ""
-        sys.stderr.write(f"\nerror{where}: {kind}{error}\n")
-    comm.leave(code)

@@ -35,13 +35,14 @@ def plan_chunks(batch: Batch, config: ChunkConfig, wanted: int | None = None):
     largest ones; a rank with fewer samples than groups gets empty groups.
     """
     order = torch.argsort(batch.sizes_B, descending=True, stable=True)
-    sizes = batch.sizes_B[order].tolist()
+    lengths_B3 = batch.lengths_B3[order]
     cuts, start = [], 0
-    for end in range(1, len(sizes) + 1):
-        full = end < len(sizes) and end - start == config.samples
-        # sizes[start] is the longest of the group: its padded width
-        over = config.tokens is not None and (end + 1 - start) * sizes[start] > config.tokens
-        if end == len(sizes) or full or over:
+    for end in range(1, len(order) + 1):
+        full = end < len(order) and end - start == config.samples
+        # the width of the segment-aligned view, which is never below that of the others
+        width = int(lengths_B3[start : end + 1].amax(0).sum())
+        over = config.tokens is not None and (end + 1 - start) * width > config.tokens
+        if end == len(order) or full or over:
             cuts.append((start, end))
             start = end
     if wanted is None:

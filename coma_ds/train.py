@@ -12,18 +12,17 @@ import sys
 # Run by path, Python puts this folder first on sys.path, where a file of ours could shadow a
 # package of the same name.
 if __name__ == "__main__":
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != here]
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != here]
 
 import argparse
 import time
 
-import torch
-
-from coma_ds import comm, engine
+from coma_ds import engine
 from coma_ds.assemble import build_data, build_engine, build_objective, build_processing
 from coma_ds.config import RunConfig, load_config
-from coma_ds.run import Run, entry_point
+from coma_ds.entry import entry_point
+from coma_ds.run import Run
 from coma_ds.step import accumulate, grad_cache
 from coma_ds.verify import verify_gradients
 
@@ -52,8 +51,7 @@ def main(argv: list[str]) -> None:
     """Build the run, then one visible loop."""
     args, config = parse(argv)
     device = engine.start()
-    threads = os.environ.get("OMP_NUM_THREADS") or (os.cpu_count() or 1) // comm.world_size()
-    torch.set_num_threads(max(1, int(threads)))
+    engine.share_threads()
     run = Run(config, keep=not (args.dry_run or args.verify_gradients))
     source, processing = build_processing(config)
     data = build_data(config, processing)

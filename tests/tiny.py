@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoConfig
 
 from coma_ds.batch import IGNORE, Batch, ImageBatch
 from coma_ds.config import ModelConfig
@@ -32,8 +33,10 @@ SPECIAL = {
 PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
-def tiny_config(family: str, *, width: int = 64, layers: int = 2, vocab: int = VOCAB):
-    """The stock config of a tiny model with grouped heads, tied embedding and two vision blocks."""
+def tiny_config(
+    family: str, *, width: int = 64, layers: int = 2, vocab: int = VOCAB, tied: bool = True
+):
+    """The stock config of a tiny model with grouped heads and two vision blocks."""
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -46,7 +49,7 @@ def tiny_config(family: str, *, width: int = 64, layers: int = 2, vocab: int = V
         "num_key_value_heads": width // 32,
         "rope_parameters": rope,
         "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": 1,
@@ -58,7 +61,7 @@ def tiny_config(family: str, *, width: int = 64, layers: int = 2, vocab: int = V
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    shared = {"text_config": text, "vision_config": vision, "tie_word_embeddings": True, **SPECIAL}
+    shared = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied, **SPECIAL}
     if family == "qwen2_vl":
         vision |= {"embed_dim": 32, "hidden_size": width, "mlp_ratio": 2}
         return Qwen2VLConfig(**shared)
@@ -83,13 +86,15 @@ def tiny_model(
     bottleneck: str = "kv",
     tokens: int = K,
     first_id: int = FIRST_ID,
+    tied: bool = True,
     **model,
 ) -> CompressionModel:
     """A model as ``build_model`` makes it, without files; ``model`` are keys of ``ModelConfig``."""
     assert family in FAMILIES
     config = ModelConfig(compression_tokens=tokens, bottleneck=bottleneck, **model)
     torch.manual_seed(seed)
-    lm = CLASSES[family]._from_config(tiny_config(family), attn_implementation="sdpa")
+    shape = tiny_config(family, tied=tied)
+    lm = CLASSES[family]._from_config(shape, attn_implementation="sdpa")
     if config.adapter != "none":
         add_adapter(lm, config.lora, dora=config.adapter == "dora")
         noise = torch.Generator().manual_seed(seed + 1)
@@ -183,3 +188,21 @@ def demo_processing(compression_tokens: int = 8, **limits) -> Processing:
     """The tokenizer and the image processor that the package ships."""
     folder = Path(__file__).resolve().parents[1] / "coma_ds" / "data" / "models" / "demo-base"
     return load_processing(folder, compression_tokens=compression_tokens, **limits)
+
+
+def demo_model(processing: Processing, *, carrier: str = "split", **model) -> CompressionModel:
+    """A smaller sister of the demo's base for its tokenizer, random weights, in fp64."""
+    folder = Path(__file__).resolve().parents[1] / "coma_ds" / "data" / "models" / "demo-base"
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config.num_hidden_layers = config.vision_config.depth = 2
+    config.text_config.layer_types = config.text_config.layer_types[:2]
+    config.vision_config.fullatt_block_indexes = [0, 1]
+    # tied, a random model says the last word again and again
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    lm = CLASSES[config.model_type]._from_config(config, attn_implementation="sdpa")
+    backbone = Backbone(lm, carrier, "matmul")
+    ids = processing.compression_ids
+    tokens = CompressionTokens(len(ids), backbone.width, ids[0])
+    tokens.initialise(lm.get_input_embeddings().weight)
+    return CompressionModel(backbone, tokens, Pooling("mean", backbone.width), **model).double()

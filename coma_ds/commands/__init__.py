@@ -1,1 +1,1 @@
-
+"""What ``coma-ds NAME`` runs, one file each."""

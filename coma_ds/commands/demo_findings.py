@@ -10,16 +10,14 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from coma_ds.data.builtin import pixel_baseline
 from coma_ds.data.mmeb import mmeb_eval
 from coma_ds.data.records import RankingTask
 from coma_ds.displays import NEIGHBOURS_FILE, Found, without_shared_start
-from coma_ds.evaluation import COLUMNS, evaluate, group_means
+from coma_ds.evaluation import COLUMNS, group_means
 
 MARK = "demo.json"
 MEASURED, HELD_OUT = "name_t2i/seen", "name_t2i/unseen"
@@ -107,9 +105,10 @@ def collect(folder: Path) -> Findings:
     table = results["compress"]["bottleneck"]
     for kind, row in table.items():
         row["base"] = results["base"]["bottleneck"].get(kind, {}).get("visible")
-    tasks = _tasks(folder, [MEASURED, *PIXEL_SETS], sets["match"])
+    root = folder / "evaluation_sets"
+    task = mmeb_eval(str(root), root / "images", MEASURED)
     measured = sets["match"][MEASURED]
-    pixels = {"raw pixels": _pixels([t for t in tasks if t.name in PIXEL_SETS])}
+    pixels = {"raw pixels": [sets["match"].get(name, {}).get("pixel_p@1") for name in PIXEL_SETS]}
     pixels |= {TITLES[arm]: _row(sets[arm], PIXEL_SETS) for arm in TITLES}
     return Findings(
         length=mark["length"],
@@ -126,7 +125,7 @@ def collect(folder: Path) -> Findings:
         precision=precision,
         losses=losses,
         bottleneck=table,
-        queries=_queries(folder, next(t for t in tasks if t.name == MEASURED)),
+        queries=_queries(folder, task),
         runs=[_run_line(folder, phase, results[phase["name"]]) for phase in mark["phases"]],
         remarks=_remarks(sets, seconds, compress_seconds, precision, table),
         machine=_machine(folder),
@@ -179,20 +178,6 @@ def _curve(lines: list[dict], group: str, name: str, before: float) -> Curve:
         [before + line["training_seconds"] for line in points],
         [float(line[name]) for line in points],
     )
-
-
-def _tasks(folder: Path, names: list[str], known: dict) -> list[RankingTask]:
-    root = folder / "evaluation_sets"
-    return [mmeb_eval(str(root), root / "images", name) for name in names if name in known]
-
-
-def _pixels(tasks: list[RankingTask]) -> list[float | None]:
-    """P@1 of the raw pixels on each of ``PIXEL_SETS``."""
-
-    def encode(sides) -> np.ndarray:
-        return np.stack([pixel_baseline(side.images[0].open()) for side in sides])
-
-    return _row(evaluate(tasks, encode)["sets"], PIXEL_SETS)
 
 
 def _queries(folder: Path, task: RankingTask) -> list[Query]:

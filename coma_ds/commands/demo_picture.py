@@ -61,8 +61,8 @@ def _title(canvas: PillowCanvas, findings: Findings) -> float:
     return 146
 
 
-def _rule(canvas: PillowCanvas, y: float) -> None:
-    canvas.line([(MARGIN, y), (WIDTH - MARGIN, y)], "rule", 1)
+def _rule(canvas: PillowCanvas, y: float, end: float = WIDTH - MARGIN) -> None:
+    canvas.line([(MARGIN, y), (end, y)], "rule", 1)
 
 
 def _key(canvas: PillowCanvas, x: float, y: float, arm: str | None, text: str) -> None:
@@ -142,12 +142,12 @@ def _pixels(canvas: PillowCanvas, findings: Findings, y: float) -> float:
     y = _heading(canvas, "Image to image, against raw pixels", note, y) + 14
     ends = [MARGIN + 330, MARGIN + 450]
     _row(canvas, y, PIXEL_SETS, ends, head=True)
-    _rule(canvas, y + 10)
+    _rule(canvas, y + 10, ends[-1])
     for name, values in findings.pixels.items():
         y += ROW
         _key(canvas, MARGIN, y, ARM_OF.get(name), name)
         _row(canvas, y, [percent(value) for value in values], ends)
-        _rule(canvas, y + 10)
+        _rule(canvas, y + 10, ends[-1])
     return y + 62
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -53,7 +54,7 @@ def render(findings: Findings) -> str:
         measured=escape(measured(findings)),
         caveat=CAVEAT,
         headline=_headline(findings),
-        remarks="".join(f"<p>{escape(text)}</p>" for text in findings.remarks),
+        remarks="".join(f"<p>{_unbroken(text)}</p>" for text in findings.remarks),
         legend="".join(f"<span>{_key(a)}{escape(TITLES[a])}</span>" for a in ("match", "control")),
         charts="".join(_svg(chart) for chart in charts(findings)),
         questions=f"{max(questions)}" if questions else "no",
@@ -117,6 +118,11 @@ def charts(findings: Findings) -> list[Chart]:
     ]
 
 
+def _unbroken(text: str) -> str:
+    """A figure stays beside its unit."""
+    return re.sub(r"(\d) (%|s\b)", r"\1&nbsp;\2", escape(text))
+
+
 def _svg(chart: Chart) -> str:
     canvas = SvgCanvas(*CHART, f"{chart.title}, against {chart.x_label}")
     draw_chart(canvas, chart, 0, 0, *CHART)
@@ -149,7 +155,8 @@ def _figures(findings: Findings) -> str:
 
 
 def _headline(findings: Findings) -> str:
-    header = ["", *(escape(c).replace("/", "/<wbr>") for c in findings.columns), "training"]
+    names = [c.replace("/", "<small>", 1) + "</small>" if "/" in c else c for c in findings.columns]
+    header = ["", *names, "training"]
     rows = []
     for name, values in findings.headline.items():
         seconds = findings.seconds[name]

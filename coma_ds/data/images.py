@@ -265,13 +265,22 @@ def decode(data: bytes, name: str) -> Image.Image:
     _check_size(image.size, name)
     try:
         image.load()
-        return _flatten(_upright(image), name)
+        return upright_rgb(image, name)
     except _Refused:
         raise
     except Exception as error:
         raise ValueError(
             f"image {name} is truncated or broken ({error}); replace the file or drop its row"
         ) from error
+
+
+def upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An opened image as :func:`decode` gives it: upright RGB, on white.
+
+    Raises ``ValueError`` naming it for a size or pixels that ``decode`` refuses.
+    """
+    _check_size(image.size, name)
+    return _flatten(_upright(image), name)
 
 
 class _Refused(ValueError):

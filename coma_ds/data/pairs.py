@@ -143,7 +143,7 @@ class PairFile:
         pictures = self._pictures(cells.get(f"{name}_image"), f"{where}, {name}_image")
         if not text.strip() and not pictures:
             raise ValueError(f"{where}: empty {name}; give it a text or an image")
-        return _compose(text, pictures, f"{where}, {name}", instruction)
+        return compose_side(text, pictures, f"{where}, {name}", instruction)
 
     def _pictures(self, value: Any, where: str) -> tuple[Picture, ...]:
         values = value if isinstance(value, list) else [value]
@@ -170,7 +170,7 @@ class PairFile:
             pictures = self._pictures(images[number] if images else None, spot)
             if not text.strip() and not pictures:
                 raise ValueError(f"{spot}: empty; give it a text or an image, or remove it")
-            sides.append(_compose(text, pictures, spot))
+            sides.append(compose_side(text, pictures, spot))
         return tuple(sides)
 
     def _scored(self, min_score: float | None) -> np.ndarray:
@@ -192,8 +192,13 @@ class PairFile:
         return kept
 
 
-def _compose(text: str, pictures: tuple[Picture, ...], where: str, instruction: str = "") -> Side:
-    """Images first, then instruction and text, unless the text places the images itself."""
+def compose_side(
+    text: str, pictures: tuple[Picture, ...], where: str, instruction: str = ""
+) -> Side:
+    """Images first, then instruction and text, unless the text places the images itself.
+
+    Raises ``ValueError``, beginning with ``where``, for image marks that do not fit the images.
+    """
     marks = [image_mark(i) for i in range(len(pictures))]
     placed = IMAGE_MARK.findall(text)
     if placed and placed != marks:

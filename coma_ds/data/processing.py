@@ -98,7 +98,9 @@ def read_config(source: str | Path) -> PretrainedConfig:
     try:
         tree, _ = PretrainedConfig.get_config_dict(str(source))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: its config.json cannot be read ({first_line(error)})") from error
+        raise ValueError(
+            f"{source}: its config.json cannot be read ({first_line(error)})"
+        ) from error
     if not tree:
         raise ValueError(f"{source}: no config.json there, so it is no model folder")
     family = tree.get("model_type")

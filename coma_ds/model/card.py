@@ -54,8 +54,8 @@ def embed(text="", image=None):
 """
 
 
-def model_card(config: RunConfig) -> str:
-    """The README of the folder that a run of ``config`` exports."""
+def model_card(config: RunConfig, step: int) -> str:
+    """The README of the folder that a run of ``config`` exports after ``step`` steps."""
     start = config.init_from or config.model.path
     if config.model.weights == "random":
         start = "random weights"
@@ -68,9 +68,9 @@ tags: [{", ".join(tags)}]
 ---
 # {config.recipe or config.objective}
 
-Trained by coma-ds from {start}: objective `{config.objective}`, {config.optim.steps} steps of
-{config.optim.batch_size} samples, {how[config.model.adapter]}, precision {config.precision},
-seed {config.seed}.
+Trained by coma-ds from {start}: objective `{config.objective}`,
+{step} of {config.optim.steps} steps of {config.optim.batch_size} samples,
+{how[config.model.adapter]}, precision {config.precision}, seed {config.seed}.
 
 {_use(config)}
 The folder is a plain transformers model: `from_pretrained` of the stock classes loads it without

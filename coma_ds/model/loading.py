@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
@@ -19,7 +20,9 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
+from coma_ds import comm
 from coma_ds.config import MatchConfig, ModelConfig
 from coma_ds.data.processing import (
     POOLING_FILE,
@@ -81,6 +84,8 @@ def load_language_model(
     if weights == "random":
         torch.manual_seed(seed)
         return cls._from_config(config, attn_implementation="sdpa").to(dtype)
+    if comm.rank() or not sys.stderr.isatty():
+        disable_progress_bar()
     # transformers looks this object up while it loads; it is forgotten when the name goes.
     sharded = HfDeepSpeedConfig(sharding) if sharding else None
     try:

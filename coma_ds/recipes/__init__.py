@@ -1,1 +1,1 @@
-
+"""Complete runs, shipped as YAML."""

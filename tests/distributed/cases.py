@@ -12,6 +12,7 @@ TOWER = {"train_vision": True}
 CHECKPOINTED = {"gradient_checkpointing": True}
 LEARNED = {"temperature": 0.05}
 ATTENTION = {"pooling": "attention"}
+UNTIED = {"tied": False}
 LAST_HIDDEN = {"bottleneck": "last_hidden"}
 # Without clipping the scale of the gradient shows in the parameters too; the rate makes up.
 UNCLIPPED = {"clip": 0.0, "lr": 1e-4}
@@ -45,6 +46,7 @@ def match_cases() -> list[Case]:
         Case("match strict qwen2_vl tower", family="qwen2_vl", model=TOWER),
         Case("match strict qwen3_vl tower", family="qwen3_vl", model=TOWER),
         Case("match zero2 qwen3_vl", "zero2", family="qwen3_vl"),
+        Case("match strict untied", model=UNTIED),
         Case("match zero2 packed", "zero2", model={"carrier": "packed", "arithmetic": "matmul"}),
         Case(
             "match strict all at once",
@@ -72,7 +74,8 @@ def compress_cases() -> list[Case]:
         case("strict lora", model=LORA),
         case("strict dora", model=DORA),
         case("strict checkpointing", model=CHECKPOINTED),
-        case("strict kl", model=LORA, compress={"loss": "kl"}),
+        case("strict untied", model=UNTIED),
+        case("strict kl", model=LORA, compress={"loss": "kl"}, clip=0.05, lr=1.0),
         case("zero2 visible", "zero2", compress={"visible": True}),
         case("strict last_hidden", model=LAST_HIDDEN),
         case("zero2 last_hidden tower", "zero2", model=LAST_HIDDEN | TOWER),

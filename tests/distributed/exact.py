@@ -88,10 +88,11 @@ def has_images(case: Case, step: int, rank: int) -> bool:
 
 
 def match_batch(case: Case, step: int, rank: int) -> Batch:
-    """A few pairs, images on either side, one target that stands on every rank."""
+    """A few pairs, images on either side; one target and one query stand on every rank."""
     seen = has_images(case, step, rank)
     pairs = 4 - rank % 2 if case.uneven else 4
     queries = [{"text": 3 + (rank + i) % 4} for i in range(pairs)]
+    queries[0]["content"] = 8  # the same question on every rank: its targets do not compete
     targets = []
     for i in range(pairs):
         images = [(2, 2 + i % 2)] * (1 + (i == 1)) if seen and i != 3 else []
@@ -127,8 +128,8 @@ def reference_match(model, batches, case: Case, step: int) -> torch.Tensor:
     objective = Match(MatchConfig(**case.match))
     config = ChunkConfig(**case.chunk)
     wanted = max(len(plan_chunks(b, config, wanted=0)) for b in batches)
-    queries, targets, ids, positives, offset = [], [], [], [], 0
-    temperature = None
+    queries, targets, ids, asked, questions = [], [], [], [], []
+    positives, offset, temperature = [], 0, None
     for rank, batch in enumerate(batches):
         seed_chunk(0, step, TOWER, rank)
         features = model.embed_images(batch.images)
@@ -142,7 +143,10 @@ def reference_match(model, batches, case: Case, step: int) -> torch.Tensor:
             rows = rows.index_copy(0, group, emb)
         queries.append(rows[: batch.pairs])
         targets.append(rows[batch.pairs :])
-        ids.append(batch.content_ids_B[batch.pairs :])
+        own = batch.content_ids_B
+        ids.append(own[batch.pairs :])
+        asked.append(torch.cat([own[: batch.pairs], own[2 * batch.pairs :]]))
+        questions.append(own[: batch.pairs])
         positives.append(torch.arange(offset, offset + batch.pairs))
         offset += len(batch) - batch.pairs
     query, target = torch.cat(queries), torch.cat(targets)
@@ -150,6 +154,7 @@ def reference_match(model, batches, case: Case, step: int) -> torch.Tensor:
     tau = case.match.get("temperature", 0.03) if temperature is None else temperature
     logits = query @ target.T / tau
     same = ids[None] == ids[positive][:, None]
+    same |= torch.cat(asked)[None] == torch.cat(questions)[:, None]
     same[torch.arange(len(positive)), positive] = False
     if case.match.get("mask_false_negatives", True):
         logits = logits.masked_fill(same, float("-inf"))

@@ -86,14 +86,17 @@ def test_each_image_is_encoded_once_a_step(world: int, name: str):
 
 @pytest.mark.parametrize("world, name", names(precision=True))
 def test_lower_precision_is_near_fp32(world: int, name: str):
-    """The first loss, before any update, within 2 %.
+    """The first loss, before any update, within 0.5 %; the third within 3 %.
 
-    bf16 has 8 bits: a rounding is 0.4 % at most, and those of a two-layer model average out over
-    the batch (measured: RATIO).  A wrong weight or a dropped chunk is off by tens of percent.
+    bf16 keeps 8 bits: a rounding is off by 0.4 % at most, and the roundings of a two-layer model
+    and a whole batch average out (measured: 0.14 % at most).  AdamW then turns the rounded
+    gradients near zero into whole steps (measured: 0.7 %).  A chunk lost or weighted wrongly is
+    off by tens of percent.
     """
     for result in found(world, name):
-        assert result["losses"][0] == pytest.approx(result["reference_losses"][0], rel=0.02)
-        assert result["losses"][-1] == pytest.approx(result["reference_losses"][-1], rel=0.05)
+        expected = result["reference_losses"]
+        assert result["losses"][0] == pytest.approx(expected[0], rel=0.005)
+        assert result["losses"][2] == pytest.approx(expected[2], rel=0.03)
         assert all(result["applied"]) and result["finite"]
 
 

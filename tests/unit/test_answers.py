@@ -95,7 +95,9 @@ def test_no_rows_reach_every_parameter(kl) -> None:
 
 @pytest.mark.parametrize("kl", [False, True])
 def test_low_precision_logits_are_reduced_in_float32(kl) -> None:
-    hidden, weight, labels, teacher = (x.bfloat16() if x.is_floating_point() else x for x in inputs())
+    hidden, weight, labels, teacher = (
+        x.bfloat16() if x.is_floating_point() else x for x in inputs()
+    )
     total, right = head(weight)(hidden, labels, teacher if kl else None)
     logits = F.linear(hidden, weight).float()
     if kl:
@@ -121,7 +123,9 @@ def test_no_more_logits_than_a_chunk(kl, limit, monkeypatch) -> None:
     assert wide * width <= seen <= max(limit, width) * wide
     # and none of the chunks' logits are kept for the backward
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         chunked(hidden, labels, teacher)
     assert max(kept) <= max(wide * width, count * width)
 
@@ -135,6 +139,8 @@ def test_predict_is_the_most_likely_token() -> None:
     found = head(weight).predict(hidden)
     assert torch.equal(found, (hidden @ weight.T).argmax(-1))
     assert found.dtype == torch.int64 and not found.requires_grad
+    few = head(weight).predict(hidden, 9)
+    assert torch.equal(few, (hidden @ weight[:9].T).argmax(-1)) and (found >= 9).any()
 
 
 SAMPLES = [
@@ -156,10 +162,13 @@ def test_the_row_before_predicts_the_answer(visible) -> None:
     states = model.backbone.hidden_states(batch, features, rows, objective.visibility)
     logits = model.backbone.lm.lm_head(states).split(batch.sizes_B.tolist())
     labels = batch.labels_T.split(batch.sizes_B.tolist())
-    shifted, targets = [torch.cat([x[a:b] for x in xs]) for xs, a, b in (
-        (logits, None, -1),
-        (labels, 1, None),
-    )]
+    shifted, targets = [
+        torch.cat([x[a:b] for x in xs])
+        for xs, a, b in (
+            (logits, None, -1),
+            (labels, 1, None),
+        )
+    ]
     wanted = F.cross_entropy(shifted, targets, ignore_index=-100, reduction="sum")
     assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert report["loss"].item() == total.item() and not report["loss"].requires_grad
@@ -197,9 +206,7 @@ def test_kl_learns_from_the_base_that_sees_the_image() -> None:
     total, report = Compress(CompressConfig(loss="kl")).loss(model, batch, features)
     student = model.backbone.hidden_states(batch, features, rows, "bottleneck")
     head_of = model.backbone.lm.lm_head
-    kl = F.kl_div(
-        head_of(student).log_softmax(-1), head_of(wanted).softmax(-1), reduction="sum"
-    )
+    kl = F.kl_div(head_of(student).log_softmax(-1), head_of(wanted).softmax(-1), reduction="sum")
     assert total.item() == pytest.approx(kl.item(), rel=1e-4)
     assert total.item() > 0 and report["loss"].item() == total.item()
     total.backward()

@@ -72,7 +72,9 @@ def test_split_keeps_every_sample_whole(samples, random, with_images, cut) -> No
     order = list(range(len(samples)))
     random.shuffle(order)
     groups = [order[:cut], order[cut:], order[:1] * 2]  # a sample may come twice
-    parts = batch.split([torch.tensor(g, dtype=torch.int64) for g in groups], with_images=with_images)
+    parts = batch.split(
+        [torch.tensor(g, dtype=torch.int64) for g in groups], with_images=with_images
+    )
     assert [len(part) for part in parts] == [len(g) for g in groups]
     for part, group in zip(parts, groups):
         if with_images:

@@ -67,7 +67,11 @@ def hidden(ids: FalseNegatives | None) -> torch.Tensor:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_value_and_gradients_equal_cross_entropy(reduction, name, chunk) -> None:
     """In fp64: queries, targets and temperature; chunks that do not divide the rows too."""
-    found_in = [unit(N), unit(M, seed=1), torch.tensor([0.07], dtype=torch.float64).requires_grad_()]
+    found_in = [
+        unit(N),
+        unit(M, seed=1),
+        torch.tensor([0.07], dtype=torch.float64).requires_grad_(),
+    ]
     wanted_in = [x.detach().clone().requires_grad_() for x in found_in]
     weight = torch.arange(1.0, N + 1, dtype=torch.float64) if reduction == "none" else 1.0
     query, target, temperature = found_in
@@ -278,7 +282,7 @@ def test_a_tie_is_not_a_hit() -> None:
 
 
 def test_objective_masks_by_target_and_by_query_content() -> None:
-    """Queries, targets and a hard negative with contents that meet; the loss from the definition."""
+    """Queries, targets and a hard negative whose contents meet; the loss by definition."""
     contents = [1, 2, 1, 4, 10, 11, 12, 10, 11]  # 4 queries, 4 targets, 1 hard negative
     batch = make_batch([{"text": 2, "content": c} for c in contents], pairs=4)
     emb = unit(9, seed=3)

@@ -226,7 +226,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(carrier) -> None:
     model = tiny_model(matching=False, carrier=carrier).double()
 
     def states(part):
-        features = model.embed_images(replace(part.images, pixels_PC=part.images.pixels_PC.double()))
+        features = model.embed_images(
+            replace(part.images, pixels_PC=part.images.pixels_PC.double())
+        )
         rows = torch.arange(len(part.input_ids_T))
         return model.backbone.hidden_states(part, features, rows, "bottleneck")
 

@@ -114,6 +114,7 @@ def fetch(package: str, folder: Path) -> Path:
 
 
 def read_json(path: Path):
+    """The content of a JSON file, read as UTF-8."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -240,6 +241,7 @@ def build(folder: Path) -> None:
 
 
 def main() -> None:
+    """Rebuild the set from the command line."""
     parser = argparse.ArgumentParser(description="Rebuild the built-in picture set.")
     parser.add_argument(
         "--folder",

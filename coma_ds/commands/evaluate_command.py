@@ -1,0 +1,117 @@
+"""Measure a finished run: the paper's table for stage 2, the bottleneck table for stage 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from coma_ds.config import RunConfig
+
+EXAMPLES = """Results go to RUN/results.json.  More ranks share the work, with the same result:
+  torchrun --nproc-per-node 8 -m coma_ds.commands.main evaluate RUN
+
+examples:
+  coma-ds evaluate runs/demo/match
+  coma-ds evaluate runs/demo/match --sets name_t2i/seen i2i/seen
+  coma-ds evaluate runs/mine --root /data/mmeb-eval --image-root /data/mmeb-eval/images"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this command."""
+    parser.add_argument("run", metavar="RUN", help="the folder of a run (config.yaml and model/)")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="only these sets")
+    parser.add_argument("--root", help="a folder (or hub name) in MMEB-eval's format")
+    parser.add_argument("--image-root", metavar="DIR", help="where the image paths of --root start")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="inputs at a time")
+    parser.add_argument(
+        "--output", metavar="FILE", help="where the results go (default: RUN/results.json)"
+    )
+
+
+def read_run(folder: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The config of the run in ``folder``.  Raises ``ValueError`` when there is no run."""
+    from coma_ds.config import load_config
+
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no run: there is no config.yaml in it")
+    return load_config(str(file), list(overrides))
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Evaluate, print the table, write the results.  Raises ``ValueError`` for bad input."""
+    folder = Path(args.run)
+    given = {"eval.root": args.root, "eval.image_root": args.image_root}
+    given["eval.batch_size"] = args.batch_size
+    words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    config = read_run(folder, tuple(words))
+    if not (folder / "model" / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no model/: the run is not finished; "
+            "coma-ds export writes it from the newest checkpoint"
+        )
+    ranking = config.objective == "match"
+    if not ranking and (args.sets or args.root):
+        raise ValueError(
+            f"{folder} is a run of stage 1, which has no ranking sets: leave --sets and --root out"
+        )
+
+    from coma_ds import comm, engine
+    from coma_ds.evaluation import write_results
+    from coma_ds.run import log_to_stderr
+
+    device = engine.start()
+    engine.share_threads()
+    log_to_stderr(comm.rank() == 0)
+    measure = _ranking if ranking else _bottleneck
+    results, text = measure(folder, config, args.sets, device)
+    if comm.rank() == 0:
+        file = Path(args.output) if args.output else folder / "results.json"
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        write_results(file, before | results)
+        sys.stdout.write(f"{text}\n-> {file}\n")
+    return 0
+
+
+def _ranking(folder: Path, config: RunConfig, sets: list[str], device: torch.device):
+    from coma_ds.assessment import evaluate_ranking, format_pixels, load_tasks
+    from coma_ds.data.collate import Collator
+    from coma_ds.evaluation import format_table
+    from coma_ds.model.loading import load_finished
+
+    tasks = load_tasks(config, folder.absolute().parent / "evaluation_sets", sets)
+    if not tasks:
+        raise ValueError(
+            f"no evaluation sets: data.format is {config.data.format!r}, so name a folder in "
+            "MMEB-eval's format with --root"
+        )
+    model, processing = load_finished(
+        str(folder / "model"), config.model, precision=config.precision, device=device
+    )
+    results = evaluate_ranking(model, Collator(processing), tasks, config, device)
+    return results, f"{format_table(results)}{format_pixels(results)}"
+
+
+def _bottleneck(folder: Path, config: RunConfig, _: list[str], device: torch.device):
+    from coma_ds.assessment import bottleneck_questions, evaluate_bottleneck, format_bottleneck
+    from coma_ds.data.collate import Collator
+    from coma_ds.model.loading import load_finished
+
+    questions = bottleneck_questions(config)
+    if not questions:
+        raise ValueError(
+            f"no questions to ask: data.format is {config.data.format!r} and "
+            f"eval.bottleneck_questions {config.eval.bottleneck_questions}; "
+            f"name a dialogue file as eval.path in {folder / 'config.yaml'}"
+        )
+    model, processing = load_finished(
+        str(folder / "model"), config.model, precision=config.precision, device=device
+    )
+    table = evaluate_bottleneck(model, Collator(processing), questions, config, device)
+    return {"bottleneck": table}, format_bottleneck(table)
