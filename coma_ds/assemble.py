@@ -137,7 +137,8 @@ def build_data(config: RunConfig, processing: Processing) -> TrainingData:
 def build_processing(config: RunConfig) -> tuple[str, Processing]:
     """The model's source folder (or hub name) and its processing."""
     model = config.model
-    source = resolve_model(config.init_from or model.path)
+    key = "init_from" if config.init_from else "model.path"
+    source = resolve_model(config.init_from or model.path, key)
     return source, load_processing(
         source,
         compression_tokens=model.compression_tokens,

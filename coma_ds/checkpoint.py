@@ -22,10 +22,11 @@ def save_checkpoint(
     """Publish ``folder/step-00000100``; every rank calls this.  ``extra`` are files by name.
 
     A reader never sees half of one: the shards are written under another name, which becomes the
-    published one when all ranks are done.  A published checkpoint is never written again.
+    published one when all ranks are done.  A published checkpoint is never written again, unless
+    it is broken: then it is set aside as ``broken-step-00000100``.
     """
     name = f"step-{step:08d}"
-    if comm.broadcast((folder / name).is_dir()):
+    if comm.broadcast(_is_whole(folder / name)):
         return
     staging = f"staging-{name}"
     if comm.rank() == 0:
@@ -41,6 +42,9 @@ def save_checkpoint(
         sizes = {str(p.relative_to(folder / staging)): p.stat().st_size for p in files}
         manifest = {"step": step, "world": comm.world_size(), "stage": engine.stage, "files": sizes}
         (folder / staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / f"broken-{name}", ignore_errors=True)
+            (folder / name).rename(folder / f"broken-{name}")
         (folder / staging).rename(folder / name)
         pointer = folder / f"{POINTER}.tmp"
         pointer.write_text(name)
@@ -62,6 +66,14 @@ def read_manifest(checkpoint: Path) -> dict:
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"checkpoint {checkpoint}: {name} is missing or not {size} bytes long")
     return manifest
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except ValueError:
+        return False
+    return True
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -100,9 +112,10 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> int:
     manifest = read_manifest(checkpoint)
     for key, now in (("world", comm.world_size()), ("stage", engine.stage)):
         if manifest[key] != now:
-            what = {"world": "ranks", "stage": "ZeRO stage"}[key]
+            what = {"world": "number of ranks", "stage": "ZeRO stage"}[key]
             raise ValueError(
-                f"checkpoint {checkpoint}: written with {what} {manifest[key]}, this run has {now}"
+                f"checkpoint {checkpoint} was written with {what} {manifest[key]}, this run has "
+                f"{now}: resume with {manifest[key]}, or start over with checkpoint.resume=none"
             )
     engine.load(checkpoint.parent, checkpoint.name)
     return manifest["step"]

@@ -6,7 +6,9 @@ Shapes: N local rows, M gathered rows, E embedding width, W ranks.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -123,10 +125,19 @@ def leave(code: int) -> NoReturn:
     """End this rank with ``code``: flush, destroy the group, and skip the interpreter's teardown.
 
     A gloo rank that ends through the interpreter aborts now and then (SIGABRT in a thread that
-    outlives its group), which turns a finished run into a failed one.
+    outlives its group), which turns a finished run into a failed one.  The loader's workers are
+    ended here too: they would hold the terminal for seconds.
     """
     if code == 0 and is_parallel():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:  # another rank has failed and is gone
+            code = 1
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is ended
+        for worker in workers:
+            worker.terminate()
     for handler in logging.getLogger().handlers + log.handlers:
         handler.flush()
     sys.stdout.flush()

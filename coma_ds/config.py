@@ -141,7 +141,7 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(0, ge=0)  # steps; 0: at the end only
+    every: int = Field(0, ge=0)  # steps, and at the end; 0: none are written
     resume: str = "auto"  # auto | none | a checkpoint folder
 
 

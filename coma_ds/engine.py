@@ -6,13 +6,15 @@ The only importer of deepspeed (with ``checkpoint``'s conversion of shards).
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import logging
 import math
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -55,7 +57,7 @@ def start(timeout_minutes: int | None = None) -> torch.device:
         os.environ.update(alone)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    _quiet()
     if timeout_minutes:
         os.environ.setdefault("DEEPSPEED_TIMEOUT", str(timeout_minutes))
     on_gpu = torch.cuda.is_available()
@@ -69,6 +71,13 @@ def start(timeout_minutes: int | None = None) -> torch.device:
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
     return device
+
+
+def _quiet() -> None:
+    """Keep what libraries say at every start off the screen; their errors stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by the names that torch is about to change.
+    warnings.filterwarnings("ignore", message=r".*`torch\.distributed\.\w+` is deprecated")
 
 
 def share_threads() -> None:
@@ -181,9 +190,10 @@ class Engine:
             raise ValueError("optim.kind 'muon' needs whole matrices: use deepspeed=zero0")
         if self.stage == 3:
             set_z3_leaf_modules(model, model.shard_units())
-        self._engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.ds_config
-        )
+        with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints tables of memory
+            self._engine, self.optimizer, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self.ds_config
+            )
         clip = self._engine.gradient_clipping()
         if clip != config.optim.clip:
             raise RuntimeError(f"DeepSpeed clips at {clip}, not at {config.optim.clip}")

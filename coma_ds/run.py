@@ -65,15 +65,6 @@ class Run:
             (self.folder / "versions.txt").write_text(versions())
         comm.barrier()
 
-    def check_data(self, data: TrainingData, *, thorough: bool) -> None:
-        """Read some records before any step; with ``thorough`` many, spread over each source."""
-        for number, (name, reader) in enumerate(data.sources.readers.items()):
-            count = min(len(reader), 200 if thorough else 2)
-            for row in range(0, len(reader), max(1, len(reader) // count)):
-                data.collator([data.sources[number, row]])
-            if thorough and self.main:
-                log.info("data: %s has %d rows, %d looked at", name, len(reader), count)
-
     def report_start(self, engine: Engine, data: TrainingData, source: str) -> None:
         """The start-up report, the resolved config, and the DeepSpeed config of the run."""
         lines = describe_run(self.config, engine, data, source)
@@ -92,6 +83,8 @@ class Run:
                 step = load_checkpoint(engine, path)
                 self.seconds = json.loads((path / "clock.json").read_text())["seconds"]
                 log.info("resumed %s: step %d of %d", path, step, self.config.optim.steps)
+            elif (self.folder / "metrics.jsonl").is_file():
+                log.info("%s has no checkpoint to go on from: the run starts over", self.folder)
         logging_config = self.config.logging
         active = self.keep and self.main
         self.monitor = Monitor(
@@ -122,7 +115,8 @@ class Run:
             self.bar.set_postfix(loss=f"{report['loss']:.3f}", samples=speed)
         if not result.applied:
             log.warning("step %d was skipped: its gradient is not finite", done)
-        if done % config.logging.every and done != config.optim.steps:
+        every, ends = config.logging.every, (1, config.optim.steps)
+        if done % every and done not in ends:
             return
         own = torch.tensor([len(batch.input_ids_T)], device=batch.input_ids_T.device)
         tokens = int(comm.all_sum(own))
@@ -138,8 +132,8 @@ class Run:
             "training_seconds": self.seconds,
         }
         self.monitor.scalars(done, values)
-        lines = max(1, config.optim.steps // 20)
-        if self.bar is None and (done % lines == 0 or done in (1, config.optim.steps)):
+        lines = max(1, config.optim.steps // 20 // every) * every
+        if self.bar is None and (done % lines == 0 or done in ends):
             shown = ("loss", "answer_accuracy", "in_batch_accuracy", "samples_per_second")
             words = "  ".join(f"{k} {values[k]:.4g}" for k in shown if k in values)
             log.info("step %d/%d  %s", done, config.optim.steps, words)

@@ -17,9 +17,11 @@ if __name__ == "__main__":
 
 import argparse
 import time
+from typing import NoReturn
 
 from coma_ds import engine
 from coma_ds.assemble import build_data, build_engine, build_objective, build_processing
+from coma_ds.checks import check_run
 from coma_ds.config import RunConfig, load_config
 from coma_ds.entry import entry_point
 from coma_ds.run import Run
@@ -27,9 +29,16 @@ from coma_ds.step import accumulate, grad_cache
 from coma_ds.verify import verify_gradients
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are the user's, as all others: one sentence, said once."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     """The command line and the resolved config."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py", description="Compress, then match: train one stage of one run."
     )
     parser.add_argument("--recipe", default="demo-compress", help="a shipped name or a YAML file")
@@ -55,7 +64,7 @@ def main(argv: list[str]) -> None:
     run = Run(config, keep=not (args.dry_run or args.verify_gradients))
     source, processing = build_processing(config)
     data = build_data(config, processing)
-    run.check_data(data, thorough=args.dry_run)
+    check_run(config, data, thorough=args.dry_run)
     objective = build_objective(config)
     trainer = build_engine(config, source, processing, device)
     take_step = accumulate if config.objective == "compress" else grad_cache

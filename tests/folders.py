@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 from coma_ds.config import MatchConfig, ModelConfig, RunConfig
@@ -46,7 +49,7 @@ def base_folder(
     torch.manual_seed(0)
     lm = CLASSES[family](config)
     with torch.no_grad():
-        for name, parameter in lm.named_parameters():
+        for parameter in lm.parameters():
             if parameter.dim() == 1:  # norms and biases of a trained model are not ones and zeros
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     lm.save_pretrained(folder)
@@ -117,3 +120,11 @@ def export(
         extras={"objective": objective, "recipe": "test", "step": 3},
     )
     return folder
+
+
+def png(seed: int) -> bytes:
+    """A picture file of 64 x 64 pixels in coarse coloured noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    stored = io.BytesIO()
+    Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(stored, "PNG")
+    return stored.getvalue()

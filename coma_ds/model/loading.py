@@ -48,25 +48,27 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
 Whole = Callable[..., AbstractContextManager]
 
 
-def resolve_model(path: str) -> str:
+def resolve_model(path: str, key: str = "model.path") -> str:
     """A folder or hub name; ``builtin:NAME`` is a model shipped in the package.
 
-    Raises ``ValueError`` for a name that is not shipped, or a path-like name that is no folder.
+    ``key`` is where the name stands in the config, for messages.  Raises ``ValueError`` for a name
+    that is not shipped, or a path-like name that is no folder.
     """
     if path.startswith("builtin:"):
         folder = Path(str(resources.files("coma_ds.data"))) / "models" / path[len("builtin:") :]
         if not (folder / "config.json").is_file():
-            raise ValueError(f"model.path {path!r}: no such model in the package")
+            raise ValueError(f"{key} {path!r}: no such model in the package")
         return str(folder)
     folder = Path(path)
     if folder.is_dir():
         if (folder / "model" / "config.json").is_file():  # a finished run
             return str(folder / "model")
         if not (folder / "config.json").is_file():
-            raise ValueError(f"model.path {path!r}: the folder has no config.json")
+            raise ValueError(f"{key} {path!r}: the folder has no config.json")
         return path
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ValueError(f"model.path {path!r}: no such folder (a hub name is OWNER/NAME)")
+    here = path.startswith((".", "/", "~")) or folder.parent.is_dir()
+    if here or path.count("/") != 1:
+        raise ValueError(f"{key} {path!r}: no such folder (a hub name is OWNER/NAME)")
     return path
 
 
@@ -203,7 +205,9 @@ def build_model(
         )
     if config.adapter != "none":
         torch.manual_seed(seed)
+        sharded = HfDeepSpeedConfig(sharding) if sharding else None  # DoRA reads whole weights
         add_adapter(lm, config.lora, dora=config.adapter == "dora")
+        del sharded
     carrier = "split" if config.attention == "auto" else config.attention
     arithmetic = config.arithmetic
     if arithmetic == "auto":

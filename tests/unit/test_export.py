@@ -88,9 +88,7 @@ def test_the_base_model_class_loads_it_too(tmp_path):
     model, processing = load(base_folder(tmp_path / "base"))
     folder = export(model, processing, tmp_path / "model")
     stock = AutoModel.from_pretrained(folder)
-    assert torch.equal(
-        stock.get_input_embeddings().weight[WORDS : WORDS + 4], model.tokens.weight
-    )
+    assert torch.equal(stock.get_input_embeddings().weight[WORDS : WORDS + 4], model.tokens.weight)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "autocast"])
@@ -157,7 +155,9 @@ def test_stage_two_reads_the_folder_as_stage_one_left_it(tmp_path):
     picture = Flat("wide", size=(90, 40))
     for one, two in zip(before.pixels(picture), after.pixels(picture)):
         assert np.array_equal(one, two)
-    assert after.pixels(picture)[1] != load_processing(base, compression_tokens=4).pixels(picture)[1]
+    assert (
+        after.pixels(picture)[1] != load_processing(base, compression_tokens=4).pixels(picture)[1]
+    )
 
 
 def test_image_processor_reloads_from_either_file(tmp_path):
@@ -205,7 +205,9 @@ def test_an_earlier_export_is_replaced_as_a_whole(tmp_path):
     export(disturb(model), processing, folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "model"]
     assert not (folder / "model-00001-of-00002.safetensors").exists()
-    assert torch.equal(reload(folder).get_input_embeddings().weight[WORDS:][:4], model.tokens.weight)
+    assert torch.equal(
+        reload(folder).get_input_embeddings().weight[WORDS:][:4], model.tokens.weight
+    )
 
 
 def test_a_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):

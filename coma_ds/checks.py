@@ -1,0 +1,98 @@
+"""What can be known to be wrong before the first step: data, evaluation sets, arithmetic."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from coma_ds import comm
+from coma_ds.assemble import TrainingData
+from coma_ds.assessment import load_tasks
+from coma_ds.config import RunConfig, dump
+from coma_ds.data.builtin.evaluation_sets import HALVES, TASKS
+from coma_ds.data.images import FilePicture, check_sample
+from coma_ds.data.mmeb_layout import mmeb_eval_sets
+from coma_ds.data.records import RankingTask, Side
+
+log = logging.getLogger("coma_ds")
+
+# Of each source, evenly spread: rows whose images are looked for, and of these decoded ones.
+EVERY_RUN, DRY_RUN = (500, 8), (20_000, 200)
+COLLATED = 16  # rows of each source that become a batch in a dry run; in every run 2
+SIDES = 200  # of each evaluation set, in a dry run
+
+
+def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
+    """Look at the data and the evaluation sets before any step, on rank 0.
+
+    Every run: of each source 500 rows are built and their images found, 8 decoded, 2 made a batch;
+    names of evaluation sets are looked up.  ``thorough``, a dry run: 20,000, 200 and 16, the sets
+    of ``eval.root`` are read and some of their images found, with a line on each.
+
+    Raises ``ValueError`` for the first bad row, image or set.
+    """
+    if comm.rank() == 0:
+        if thorough:
+            log.info("the config of this run:\n%s", dump(config).rstrip())
+        rows, opened = DRY_RUN if thorough else EVERY_RUN
+        for name, reader in data.sources.readers.items():
+            check_sample(reader, rows=rows, opened=opened)
+            count = min(COLLATED if thorough else 2, len(reader))
+            batch = data.collator([reader[i * len(reader) // count] for i in range(count)])
+            if thorough:
+                looked, longest = min(rows, len(reader)), int(batch.sizes_B.max())
+                words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
+                log.info(words, name, looked, len(reader), longest)
+        check_evaluation_sets(config)
+        if thorough:
+            if config.objective == "match" and config.eval.root:
+                for task in load_tasks(config, Path(config.output)):
+                    check_task(task)
+            log.info("%s", arithmetic(config, data))
+    comm.barrier()
+
+
+def check_evaluation_sets(config: RunConfig) -> None:
+    """Raise ``ValueError`` for a name in ``eval.sets`` or ``eval.along`` that has no set."""
+    root = config.eval.root
+    if config.objective != "match" or (root is None and config.data.format != "builtin"):
+        return
+    names = (
+        mmeb_eval_sets(root) if root else [f"{task}/{half}" for half in HALVES for task in TASKS]
+    )
+    for key in ("sets", "along"):
+        for name in getattr(config.eval, key):
+            if name not in names:
+                raise ValueError(
+                    f"eval.{key}: {name!r} is not in {root or 'the built-in data'}: it has "
+                    f"{', '.join(names)}"
+                )
+
+
+def check_task(task: RankingTask) -> None:
+    """Look for the images of some queries and candidates; ``ValueError`` for a missing one."""
+    for kind, sides in (("query", task.queries), ("candidate", task.pool)):
+        count = min(SIDES, len(sides))
+        for row in (i * len(sides) // count for i in range(count)):
+            _check_side(sides[row], f"evaluation set {task.name}, {kind} {row}")
+    log.info("evaluation set %s: %d queries", task.name, len(task.queries))
+
+
+def _check_side(side: Side, where: str) -> None:
+    for picture in side.images:
+        if isinstance(picture, FilePicture):
+            try:
+                picture.check_exists()
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+
+
+def arithmetic(config: RunConfig, data: TrainingData) -> str:
+    """One line: samples that the run takes, and how often it sees the data."""
+    optim = config.optim
+    samples = optim.steps * optim.batch_size
+    rows = sum(data.sources.sizes.values())
+    return (
+        f"arithmetic {optim.steps} steps x {optim.batch_size} = {samples} samples, "
+        f"{samples / rows:.2f} passes over {rows} rows"
+    )

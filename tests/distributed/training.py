@@ -1,0 +1,76 @@
+"""Whole trainings through ``train.main``, inside a spawned world: what they leave behind."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+from pathlib import Path
+from unittest.mock import patch
+
+from coma_ds import train
+from coma_ds.run import Run
+
+# The demo's recipes from random weights, so that a step takes a fraction of a second.
+SMALL = [
+    "precision=fp32", "model.weights=random", "data.length=2000", "data.workers=0",
+    "optim.batch_size=8", "chunk.samples=3", "eval.at_end=false", "eval.every=0",
+    "logging.every=1", "logging.progress=false",
+]  # fmt: skip
+
+
+class Interrupted(Exception):
+    """The run is ended from outside."""
+
+
+def train_once(output: str, arguments: list[str], stop_after: int | None = None) -> dict:
+    """One run of ``coma_ds/train.py``; with ``stop_after`` it dies after logging that step.
+
+    What it said, the lines of metrics.jsonl, and the digest of the exported weights.
+    """
+    said: list[str] = []
+    log_step = Run.log
+
+    def log_and_die(self, step, *rest):
+        log_step(self, step, *rest)
+        if step + 1 == stop_after:
+            raise Interrupted
+
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    with patch.object(Run, "log", log_and_die), patch("coma_ds.run.log.handlers", []):
+        original = Run.__init__
+
+        def listen(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            logging.getLogger("coma_ds").addHandler(handler)
+
+        with patch.object(Run, "__init__", listen):
+            try:
+                train.main([*SMALL, f"output={output}", *arguments])
+            except Interrupted:
+                said.append("interrupted")
+            except ValueError as error:
+                said.append(f"error: {error}")
+    gc.collect()
+    return {"said": said, **left_behind(Path(output))}
+
+
+def left_behind(folder: Path) -> dict:
+    """The train lines of metrics.jsonl, and the digest of the exported weights."""
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    digest = hashlib.blake2b(digest_size=16)
+    weights = sorted((folder / "model").glob("*.safetensors"))
+    for path in weights:
+        digest.update(path.read_bytes())
+    return {
+        "lines": [line for line in lines if line["group"] == "train"],
+        "weights": digest.hexdigest() if weights else "",
+    }
+
+
+def train_each(runs: list[dict]) -> list[dict]:
+    """``train_once`` of each in turn in this world."""
+    return [train_once(**run) for run in runs]
