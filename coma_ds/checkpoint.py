@@ -110,12 +110,15 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> int:
     Raises ``ValueError`` when it was written at another world size or ZeRO stage.
     """
     manifest = read_manifest(checkpoint)
-    for key, now in (("world", comm.world_size()), ("stage", engine.stage)):
+    for key, now, what in (
+        ("world", comm.world_size(), "{} rank(s)"),
+        ("stage", engine.stage, "ZeRO stage {}"),
+    ):
         if manifest[key] != now:
-            what = {"world": "number of ranks", "stage": "ZeRO stage"}[key]
+            then = what.format(manifest[key])
             raise ValueError(
-                f"checkpoint {checkpoint} was written with {what} {manifest[key]}, this run has "
-                f"{now}: resume with {manifest[key]}, or start over with checkpoint.resume=none"
+                f"checkpoint {checkpoint} was written with {then}, this run has "
+                f"{what.format(now)}: take {then}, or start over with checkpoint.resume=none"
             )
     engine.load(checkpoint.parent, checkpoint.name)
     return manifest["step"]

@@ -31,25 +31,27 @@ def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
 
     Raises ``ValueError`` for the first bad row, image or set.
     """
-    if comm.rank() == 0:
+    comm.decide(lambda: _check_run(config, data, thorough))
+
+
+def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
+    if thorough:
+        log.info("the config of this run:\n%s", dump(config).rstrip())
+    rows, opened = DRY_RUN if thorough else EVERY_RUN
+    for name, reader in data.sources.readers.items():
+        check_sample(reader, rows=rows, opened=opened)
+        count = min(COLLATED if thorough else 2, len(reader))
+        batch = data.collator([reader[i * len(reader) // count] for i in range(count)])
         if thorough:
-            log.info("the config of this run:\n%s", dump(config).rstrip())
-        rows, opened = DRY_RUN if thorough else EVERY_RUN
-        for name, reader in data.sources.readers.items():
-            check_sample(reader, rows=rows, opened=opened)
-            count = min(COLLATED if thorough else 2, len(reader))
-            batch = data.collator([reader[i * len(reader) // count] for i in range(count)])
-            if thorough:
-                looked, longest = min(rows, len(reader)), int(batch.sizes_B.max())
-                words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
-                log.info(words, name, looked, len(reader), longest)
-        check_evaluation_sets(config)
-        if thorough:
-            if config.objective == "match" and config.eval.root:
-                for task in load_tasks(config, Path(config.output)):
-                    check_task(task)
-            log.info("%s", arithmetic(config, data))
-    comm.barrier()
+            looked, longest = min(rows, len(reader)), int(batch.sizes_B.max())
+            words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
+            log.info(words, name, looked, len(reader), longest)
+    check_evaluation_sets(config)
+    if thorough:
+        if config.objective == "match" and config.eval.root:
+            for task in load_tasks(config, Path(config.output)):
+                check_task(task)
+        log.info("%s", arithmetic(config, data))
 
 
 def check_evaluation_sets(config: RunConfig) -> None:

@@ -10,12 +10,15 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 log = logging.getLogger("coma_ds")
+
+Result = TypeVar("Result")
 
 
 def is_parallel() -> bool:
@@ -57,6 +60,23 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def decide(call: Callable[[], Result]) -> Result:
+    """What ``call()`` gives on rank 0, where alone it runs, on every rank (picklable).
+
+    A ``ValueError`` of it is raised on every rank, so that none waits for the others.
+    """
+    result: Any = None
+    if rank() == 0:
+        try:
+            result = call()
+        except ValueError as error:
+            result = error
+    result = broadcast(result)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def all_objects(value: Any) -> list[Any]:

@@ -78,7 +78,8 @@ class Run:
         """Load the checkpoint that ``checkpoint.resume`` says; the first step to take."""
         step = 0
         if self.keep:
-            path = find_checkpoint(self.folder / "checkpoints", self.config.checkpoint.resume)
+            folder, wanted = self.folder / "checkpoints", self.config.checkpoint.resume
+            path = comm.decide(lambda: find_checkpoint(folder, wanted))
             if path is not None:
                 step = load_checkpoint(engine, path)
                 self.seconds = json.loads((path / "clock.json").read_text())["seconds"]

@@ -77,7 +77,10 @@ def verify_gradients(engine, objective, batch: Batch, config: RunConfig) -> dict
 
 def group_name(parameter: str) -> str:
     """The part of the model that a parameter belongs to."""
-    for part in ("tokens", "pooling", "temperature", "visual", "lora_", "embed_tokens", "layers"):
+    for start in ("tokens", "pooling", "temperature"):
+        if parameter.startswith(start + "."):
+            return start
+    for part in ("visual", "lora", "embed_tokens", "layers"):
         if part in parameter:
-            return part.strip("_")
+            return part
     return "other"

@@ -78,10 +78,18 @@ def dispatch(argv: list[str]) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """``dispatch`` with an error as one sentence on stderr and code 2."""
+    """``dispatch`` with a user's error as one sentence on stderr and code 2.
+
+    Raises what is a fault of ours or of a library.
+    """
     try:
         return dispatch(argv)
     except ValueError as error:
+        if "torch" in sys.modules:  # what is light has no library that could be at fault
+            from coma_ds.entry import is_users
+
+            if not is_users(error):
+                raise
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:

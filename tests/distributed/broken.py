@@ -86,6 +86,16 @@ def unsummed(ctx, grad):
     return grad[first : first + ctx.counts[comm.rank()]], None
 
 
+def lost_part(self, call, *, last):
+    """Only the last part of a step has a gradient."""
+
+    def kept(model):
+        loss, result = call(model)
+        return loss * float(last), result
+
+    return FORWARD_BACKWARD(self, kept, last=last)
+
+
 def not_finite(self, call, *, last):
     """A gradient that overflows, on the last rank only."""
 
@@ -99,6 +109,7 @@ def not_finite(self, call, *, last):
 FAULTS = {
     "not finite on one rank": (Engine, "forward_backward", not_finite),
     "surrogate times W": (Engine, "forward_backward", times_world),
+    "parts but the last are lost": (Engine, "forward_backward", lost_part),
     "no boundary calls": (Engine, "forward_backward", without_boundaries),
     "every part is the last": (Engine, "forward_backward", every_part_is_last),
     "no touch of the trained tower": (CompressionModel, "embed_images", untouched_tower),

@@ -13,10 +13,7 @@ LORA = ["model.adapter=lora", "model.lora.dropout=0.3"]
 MATCH = ["--recipe", "demo-match", "init_from=null", "data.sub_batch=4"]
 RUNS = {
     "compress": [],
-    "compress again": [],
     "compress with workers": ["data.workers=2"],
-    "compress lora": LORA,
-    "compress lora again": LORA,
     "compress other seed": ["seed=1"],
     "match lora": [*MATCH, *LORA],
     "match lora again": [*MATCH, *LORA],
@@ -53,13 +50,12 @@ def values(run: dict, *names: str) -> list[list[float]]:
 @pytest.mark.parametrize(
     "first, second",
     [
-        ("compress", "compress again"),
         ("compress", "compress with workers"),
-        ("compress lora", "compress lora again"),
         ("match lora", "match lora again"),
     ],
 )
 def test_the_same_run_twice_is_bit_equal(two_ranks, first: str, second: str):
+    """Whoever reads the data, and with dropout on."""
     one, two = two_ranks[first], two_ranks[second]
     assert one["weights"] and one["weights"] == two["weights"]
     assert values(one, "loss", "grad_norm") == values(two, "loss", "grad_norm")
@@ -69,7 +65,6 @@ def test_the_same_run_twice_is_bit_equal(two_ranks, first: str, second: str):
     "first, second",
     [
         ("compress", "compress other seed"),
-        ("compress", "compress lora"),
         ("match", "match lora"),
     ],
 )

@@ -80,7 +80,8 @@ def test_split_keeps_every_sample_whole(samples, random, with_images, cut) -> No
         if with_images:
             features = features_of(part.images)
             counts = [len(samples[i]["images"]) for i in group]
-            assert (len(part.images) if part.images else 0) == sum(counts)
+            assert (0 if part.images is None else len(part.images)) == sum(counts)
+            assert sum(counts) or part.images is None
         else:
             assert part.images is None
             features = features_of(batch.images)

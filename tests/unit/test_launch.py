@@ -135,7 +135,7 @@ class TestTrain:
     def test_a_stopped_command_leaves_no_process(self, tmp_path):
         code = (
             "import sys; from pathlib import Path\n"
-            "from tests.unit.test_commands import launch_job\n"
+            "from tests.unit.test_launch import launch_job\n"
             f"print(launch_job(Path({str(tmp_path)!r}), 'wait'))\n"
         )
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -154,7 +154,7 @@ class TestTrain:
 
     def test_a_rank_reports_through_its_way_out(self, tmp_path):
         code = (
-            "from coma_ds.run import entry_point\n"
+            "from coma_ds.entry import entry_point\n"
             "def main(argv): raise RuntimeError('boom')\n"
             "entry_point(main, [])\n"
         )

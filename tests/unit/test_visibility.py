@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,8 @@ from coma_ds.model.attention import (
     visibility_mask,
 )
 from coma_ds.model.backbone import Backbone
-from tests.tiny import FIRST_ID, make_batch, tiny_model
+from coma_ds.model.loading import CLASSES
+from tests.tiny import FIRST_ID, make_batch, tiny_config, tiny_model
 
 # Columns that a row may see, besides causality (paper.md, the table of stage 1).
 TABLE = {
@@ -202,6 +204,34 @@ def test_dense_split_and_packed_are_one_model(family, name, bottleneck) -> None:
             assert_equal(other, wanted)
         rule_off = results(model, batch, "causal")["states"]
         assert (rule_off - wanted["states"]).abs().max() > 1e-3  # the rule is not empty
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_hidden_is_two_passes_of_the_stock_decoder(family) -> None:
+    """Sample by sample: image and text to K states; the states and the dialogue to the loss."""
+    model = tiny_model(family, matching=False, bottleneck="last_hidden").double()
+    batch = make_batch(BATCHES["ragged"], family)
+    pixels = batch.images.pixels_PC.double()
+    batch = replace(batch, images=replace(batch.images, pixels_PC=pixels))
+    features = model.embed_images(batch.images)
+    found, _ = model.answer_loss(batch, features, "bottleneck")
+
+    lm = CLASSES[family]._from_config(tiny_config(family), attn_implementation="sdpa").double()
+    lm.load_state_dict(model.backbone.lm.state_dict())
+    text, table = lm.model.language_model, lm.get_input_embeddings()
+    rows = torch.arange(len(batch.input_ids_T))
+    first = model.backbone.hidden_states(batch, features, rows, "causal")
+    wanted, start = 0.0, 0
+    for context, tokens, dialogue in batch.lengths_B3.tolist():
+        begin, end = start + context, start + context + tokens + dialogue
+        words = table(batch.input_ids_T[begin + tokens : end])
+        seen = torch.cat([first[begin : begin + tokens], words])[None]
+        positions = batch.position_ids_3T[:, None, begin:end]
+        states = text(inputs_embeds=seen, position_ids=positions).last_hidden_state[0]
+        logits, labels = lm.lm_head(states), batch.labels_T[begin:end]
+        wanted += F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+        start = end
+    assert torch.allclose(found, wanted, atol=1e-9)
 
 
 @pytest.mark.parametrize("visibility", ["bottleneck", "causal"])

@@ -1,0 +1,135 @@
+"""An interrupted run goes on as if nothing had happened, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed.harness import run_world
+
+# Adapters with dropout and a learning rate that falls: all that a step depends on.
+RUN = [
+    "optim.steps=6", "checkpoint.every=2", "model.adapter=lora", "model.lora.dropout=0.3",
+    "optim.schedule=cosine", "deepspeed=zero3",
+]  # fmt: skip
+TARGET = "tests.distributed.training:train_each"
+
+
+def shard(folder: Path, step: int) -> Path:
+    """One rank's optimizer shard in a checkpoint."""
+    return folder / "checkpoints" / f"step-{step:08d}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return {name: root / name for name in ("whole", "cut", "none")}
+
+
+@pytest.fixture(scope="module")
+def runs(folders) -> dict[str, dict]:
+    """The runs by name, one world in which they follow each other."""
+    cut = {"output": str(folders["cut"]), "arguments": RUN}
+    wanted = {
+        "whole": {"output": str(folders["whole"]), "arguments": RUN},
+        "interrupted": {**cut, "stop_after": 5},
+        "resumed": cut,
+        "again": cut,
+        "after damage": {**cut, "cut": [str(shard(folders["cut"], 6))]},
+        "once more": cut,
+        "asked for a broken one": {
+            "output": str(folders["cut"]),
+            "arguments": [*RUN, f"checkpoint.resume={shard(folders['cut'], 2).parent}"],
+            "cut": [str(shard(folders["cut"], 2))],
+        },
+        "all broken": {**cut, "cut": [str(shard(folders["cut"], step)) for step in (4, 6)]},
+        "without checkpoints": {
+            "output": str(folders["none"]),
+            "arguments": ["optim.steps=1", "deepspeed=zero0"],
+        },
+        "started over": {
+            "output": str(folders["none"]),
+            "arguments": ["optim.steps=1", "deepspeed=zero0"],
+        },
+    }
+    found = run_world(2, TARGET, limit=240, runs=list(wanted.values()))[0]
+    return dict(zip(wanted, found))
+
+
+def losses(run: dict) -> list[tuple]:
+    """What each step measured that does not depend on the clock."""
+    names = ("step", "loss", "answer_accuracy", "lr", "grad_norm")
+    return [tuple(line[name] for name in names) for line in run["lines"]]
+
+
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(runs):
+    assert "interrupted" in runs["interrupted"]["said"]
+    assert any("step 4 of 6" in line for line in runs["resumed"]["said"])
+    assert [step for step, *_ in losses(runs["resumed"])] == [1, 2, 3, 4, 5, 6]
+    assert losses(runs["resumed"]) == losses(runs["whole"])
+    assert runs["resumed"]["weights"] == runs["whole"]["weights"] != ""
+    assert len({loss for _, loss, *_ in losses(runs["whole"])}) == 6
+
+
+def test_each_step_stands_once_in_tensorboard(runs, folders):
+    """Also the step that was logged before the interruption and taken again after it."""
+    board = EventAccumulator(str(folders["cut"] / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    curve = Counter(event.step for event in board.Scalars("train/loss"))
+    assert curve == Counter(range(1, 7))
+    whole = EventAccumulator(str(folders["whole"] / "tensorboard")).Reload()
+    expected = [event.value for event in whole.Scalars("train/loss")]
+    assert [event.value for event in board.Scalars("train/loss")] == expected
+
+
+def test_a_finished_run_takes_no_step_again(runs):
+    assert any("step 6 of 6" in line for line in runs["again"]["said"])
+    assert losses(runs["again"]) == losses(runs["whole"])
+    assert runs["again"]["weights"] == runs["whole"]["weights"]
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(runs, folders):
+    said = "\n".join(runs["after damage"]["said"])
+    name = shard(folders["cut"], 6).name
+    assert f"{name} is missing or not" in said and "falling back to the one before" in said
+    assert "step 4 of 6" in said
+    assert runs["after damage"]["weights"] == runs["whole"]["weights"]
+    assert (folders["cut"] / "checkpoints" / "broken-step-00000006").is_dir()
+    # and the step is published again, whole
+    assert any("step 6 of 6" in line for line in runs["once more"]["said"])
+
+
+def test_a_broken_checkpoint_that_was_asked_for_is_an_error(runs):
+    (error,) = [line for line in runs["asked for a broken one"]["said"] if "error" in line]
+    assert "step-00000002" in error and "is missing or not" in error
+
+
+def test_a_run_never_starts_over_silently(runs):
+    (error,) = [line for line in runs["all broken"]["said"] if line.startswith("error")]
+    assert "no checkpoint is whole" in error and "checkpoint.resume=none starts over" in error
+    assert losses(runs["all broken"]) == losses(runs["whole"])  # the record stands
+    assert any("no checkpoint to go on from" in line for line in runs["started over"]["said"])
+    assert not any("no checkpoint" in line for line in runs["without checkpoints"]["said"])
+
+
+def test_another_number_of_ranks_is_a_clear_error(runs, folders):
+    output = str(folders["whole"])
+    (alone,) = run_world(1, TARGET, runs=[{"output": output, "arguments": RUN}])
+    (error,) = [line for line in alone[0]["said"] if line.startswith("error")]
+    assert error == (
+        f"error: checkpoint {output}/checkpoints/step-00000006 was written with 2 rank(s), "
+        "this run has 1 rank(s): take 2 rank(s), or start over with checkpoint.resume=none"
+    )
+
+
+def test_a_checkpoint_says_what_it_holds(runs, folders):
+    checkpoint = shard(folders["whole"], 6).parent
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert (manifest["step"], manifest["world"], manifest["stage"]) == (6, 2, 3)
+    held = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    assert set(manifest["files"]) == held - {"manifest.json"}
+    assert (checkpoint.parent / "latest").read_text() == "step-00000006"
