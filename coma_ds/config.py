@@ -179,6 +179,11 @@ class RunConfig(Section):
                 "model.compression_tokens is 0: this objective reads the image through them, "
                 "use 1 or more (0 is only for compress.visible=true)"
             )
+        if self.init_from and self.model.weights == "random":
+            raise ValueError(
+                f"model.weights is 'random', but init_from {self.init_from!r} names the model to "
+                "start from: leave one of them out"
+            )
         if self.objective == "match" and self.data.format == "dialogues":
             raise ValueError("data.format 'dialogues' has no pairs: objective 'match' needs pairs")
         if self.objective == "compress" and self.data.format in ("mmeb", "pairs"):

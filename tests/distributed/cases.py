@@ -35,7 +35,7 @@ def match_cases() -> list[Case]:
         ]
     return [
         *cases,
-        Case("match strict one sample a chunk", chunk=ONE),
+        Case("match strict one sample a chunk", chunk=ONE, uneven=True),
         Case("match strict token budget", chunk=BUDGET),
         Case("match strict dora", model=DORA),
         Case("match strict lora checkpointing", model=LORA | CHECKPOINTED),
@@ -70,6 +70,7 @@ def compress_cases() -> list[Case]:
         *[case(f"{d} tower", d, model=TOWER) for d in ("zero0", "zero2", "strict")],
         case("strict mixed", images="mixed"),
         case("strict tower mixed", images="mixed", model=TOWER),
+        case("strict one sample a chunk", chunk=ONE, uneven=True),
         case("zero1 token budget", "zero1", chunk=BUDGET),
         case("strict lora", model=LORA),
         case("strict dora", model=DORA),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import timedelta
@@ -16,7 +17,8 @@ from coma_ds.entry import entry_point
 def work(argv: list[str]) -> None:
     """Join the world, meet the others, then end: ``well``, ``user``, ``fault`` or ``all``."""
     how = next(word for word in argv if not word.startswith("--"))  # launchers add --local_rank
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     assert int(comm.all_sum(torch.ones(1))) == comm.world_size()
     last = comm.rank() == comm.world_size() - 1
     if how == "all" or (how == "user" and last):

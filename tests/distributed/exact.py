@@ -43,7 +43,7 @@ class Case:
     stage: str = "match"
     family: str = "qwen2_5_vl"
     images: str = "mixed"  # or "none"; stage 1 also "all"
-    uneven: bool = False  # stage 2: ranks hold different numbers of pairs and hard negatives
+    uneven: bool = False  # ranks hold different numbers of pairs and negatives, or of dialogues
     precision: str = "fp32"
     kind: str = "sgd"
     clip: float = 0.3
@@ -111,7 +111,7 @@ def match_batch(case: Case, step: int, rank: int) -> Batch:
 def compress_batch(case: Case, step: int, rank: int) -> Batch:
     """Five dialogues with very uneven answers; one chunk of rank 1 has no answer at all."""
     samples = []
-    for i in range(5):
+    for i in range(5 - rank if case.uneven else 5):
         length = 8 + (3 * i + 2 * rank + step) % 7
         answers = [(2, 3 + (i + rank) % 3), (6, 7 + (i * rank) % 2)]
         if rank == 1 and i in (1, 4):

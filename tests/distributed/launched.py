@@ -43,7 +43,7 @@ def command(launcher: str) -> list[str]:
     }[launcher]  # fmt: skip
 
 
-def launch(launcher: str, script: str, *arguments: str, limit: float = 120) -> Ended:
+def launch(launcher: str, script: str, *arguments: str, limit: float = 180) -> Ended:
     """Run ``script`` (relative to the root) and wait; fails when the limit (seconds) is over."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment["DS_ACCELERATOR"] = "cpu"

@@ -18,7 +18,7 @@ from tests.distributed.exact import Case, distance, whole_parameters
 
 
 def verify(case: Case) -> dict:
-    """The differences that ``verify_gradients`` finds, or its error, and what it did to the model."""
+    """What ``verify_gradients`` finds, or its error, and what it did to the model."""
     config = case.run_config
     model = case.build()
     engine = Engine(model, build_optimizer(model, config.optim), config, torch.device("cpu"))

@@ -159,7 +159,8 @@ def test_the_row_before_predicts_the_answer(visible) -> None:
     features = model.embed_images(batch.images)
     total, report = objective.loss(model, batch, features)
     rows = torch.arange(len(batch.input_ids_T))
-    states = model.backbone.hidden_states(batch, features, rows, objective.visibility)
+    rule = "causal" if visible else "bottleneck"
+    states = model.backbone.hidden_states(batch, features, rows, rule)
     logits = model.backbone.lm.lm_head(states).split(batch.sizes_B.tolist())
     labels = batch.labels_T.split(batch.sizes_B.tolist())
     shifted, targets = [

@@ -99,8 +99,11 @@ def test_images_of_any_shape_keep_their_grid() -> None:
     processing = demo_processing(min_vision_tokens=4, max_vision_tokens=16)
     batch = Collator(processing).sides([Side("<|image_1|>", (p,)) for p in (WIDE, RED)])
     assert batch.images.grid_I3.tolist() == [[1, 4, 16], [1, 8, 8]]
-    small = demo_processing(min_vision_tokens=4, max_vision_tokens=4)
-    assert Collator(small).sides([Side("<|image_1|>", (RED,))]).feature_counts_B.tolist() == [4]
+    small = Flat("small", size=(32, 32))  # 4 tokens as it is
+    for limits, wanted in (((4, 4), [4, 4]), ((4, 16), [16, 4]), ((16, 16), [16, 16])):
+        processing = demo_processing(min_vision_tokens=limits[0], max_vision_tokens=limits[1])
+        batch = Collator(processing).sides([Side("<|image_1|>", (p,)) for p in (RED, small)])
+        assert batch.feature_counts_B.tolist() == wanted
 
 
 def test_text_is_cut_to_the_maximum_and_counted() -> None:
@@ -120,6 +123,9 @@ def test_text_is_cut_to_the_maximum_and_counted() -> None:
     both = collator.sides([Side(f"{long}<|image_1|>{long}", (RED,))])
     assert both.sizes_B.tolist() == [40] and collator.truncated == before + 1
     assert texts(both, processing) == [f"{kept}{IMAGE}{TOKENS}"]
+    longer = Collator(demo_processing(max_length=56))
+    twice = longer.sides([Side(f"<|image_1|>a b c<|image_2|>{long}", (RED, BLUE))])
+    assert twice.sizes_B.tolist() == [56] and longer.truncated == 1
     exact = Collator(demo_processing(max_length=8 + words))
     assert exact.sides([Side(long)]).sizes_B.tolist() == [8 + words] and exact.truncated == 0
 

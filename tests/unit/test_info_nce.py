@@ -135,6 +135,10 @@ def test_a_chunk_of_logits_is_all_that_exists() -> None:
 
     assert largest_tensor(lambda: step(8)) <= 8 * 513
     assert largest_tensor(lambda: step(64)) >= 64 * 512
+    kept = []  # for the backward: the inputs, no logits
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        info_nce(query, target, positive_index=torch.arange(64), temperature=0.1, chunk=8)
+    assert max(t.numel() for t in kept) <= target.numel()
 
 
 def test_the_gradient_of_an_easy_row_keeps_its_digits() -> None:

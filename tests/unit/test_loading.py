@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coma_ds.config import FAMILIES, ModelConfig
+from coma_ds.config import FAMILIES, ModelConfig, load_config
 from coma_ds.data.processing import load_processing
 from coma_ds.model.adapters import adapter_layers
 from coma_ds.model.loading import load_finished, load_language_model, resolve_model
@@ -222,6 +222,11 @@ class TestStages:
         one, processing = load(base_folder(tmp_path / "base"))
         folder = export(one, processing, tmp_path / "model")
         assert not load(folder, pooling="attention")[0].pooling.query.any()
+
+    def test_random_weights_do_not_replace_the_stage_before(self):
+        with pytest.raises(ValueError, match=r"^model.weights is 'random', but init_from 'runs/"):
+            load_config("demo-match", ["model.weights=random"])
+        assert load_config("demo-control", ["model.weights=random"]).init_from is None
 
     def test_a_finished_model_is_at_rest(self, tmp_path):
         one, processing = load(base_folder(tmp_path / "base"), adapter="lora")
