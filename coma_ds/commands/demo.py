@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -220,14 +221,19 @@ def run_phase(phase: Phase, folder: Path, console: Console) -> float:
             text=True,
             errors="replace",
             env=environment,
+            start_new_session=True,  # a group of its own, to end the ranks with
         ) as child,
     ):
-        for line in child.stdout:
-            record.write(line)
-            record.flush()
-            if line.startswith("error") or not (NOISE.match(line) or last.startswith("error")):
-                last = line.strip()
-            console.hear(line)
+        try:
+            for line in child.stdout:
+                record.write(line)
+                record.flush()
+                if line.startswith("error") or not (NOISE.match(line) or last.startswith("error")):
+                    last = line.strip()
+                console.hear(line)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGTERM)
+            raise
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
     if code == 0 and not (folder / phase.name / "results.json").is_file():
         code = 1  # the launcher of a run that a signal ended says 0
@@ -274,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except ValueError as error:

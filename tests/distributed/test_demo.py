@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -66,3 +67,30 @@ def test_the_short_demo_trains_every_arm_and_writes_its_report(tmp_path):
         assert f"\n{phase:<11}" in f"\n{said}"
     assert "compress + match" in said and str(folder / "report.html") in said
     assert (folder / "report.html").stat().st_mtime >= began
+
+
+def test_a_demo_that_is_ended_ends_its_run(tmp_path):
+    """A terminated demo leaves no ranks behind: the run is a group that ends with it."""
+    mark = tmp_path / "pid"
+    script = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"""
+import signal, sys
+from pathlib import Path
+from coma_ds.commands import demo
+demo.launch_command = lambda phase: [sys.executable, "-c", {script!r}]
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+Path({str(tmp_path / "logs")!r}).mkdir()
+demo.run_phase(demo.Phase("match", "demo-match", "", ()), Path({str(tmp_path)!r}), demo.Console())
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (mark.is_file() and mark.read_text()):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(30) == 143
+    status = Path(f"/proc/{mark.read_text()}")
+    deadline = time.monotonic() + 10
+    while status.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not status.exists()
