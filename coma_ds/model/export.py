@@ -98,7 +98,6 @@ def export_model(
     save_torch_state_dict(state, partial, max_shard_size="4GB")
     config.architectures = [type(lm).__name__]
     for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation = "sdpa"  # ours are known to no one else
         part.dtype = dtype
     config.save_pretrained(partial)
     save_generation_config(lm, partial)

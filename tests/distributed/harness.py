@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -20,7 +21,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(rank: int, world: int, port: int, target: str, arguments: dict, folder: str):
+def _rank_main(
+    rank: int, world: int, port: int, target: str, arguments: dict, folder: str, limit: float
+):
+    faulthandler.dump_traceback_later(limit - 1)  # where it hangs, if it does
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -51,13 +55,16 @@ def _rank_main(rank: int, world: int, port: int, target: str, arguments: dict, f
 def run_world(world: int, target: str, *, limit: float = 240, **arguments) -> list:
     """What ``module:function(**arguments)`` returns on each rank (JSON values), in rank order.
 
-    Fails when a rank fails or dies, with its trace, and when the limit (seconds) is over.
+    Fails when a rank fails or dies, with its trace, and when the limit (seconds) is over, with
+    the places where the ranks stood on stderr.
     """
     context = mp.get_context("spawn")
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank_main, args=(r, world, port, target, arguments, folder))
+            context.Process(
+                target=_rank_main, args=(r, world, port, target, arguments, folder, limit)
+            )
             for r in range(world)
         ]
         for process in ranks:

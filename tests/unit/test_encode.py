@@ -76,6 +76,15 @@ class TestEncode:
         assert np.abs(got - self.expected(model_folder, tmp_path, table)).max() < 1e-6
         assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out.parquet", file.name]
 
+    def test_npy_in_several_parts(self, model_folder, tmp_path):
+        file, output = tmp_path / "rows.jsonl", tmp_path / "out.npy"
+        texts = [f"text {i}" for i in range(self.ROWS)]
+        file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        argv = ["encode", str(model_folder), "--input", str(file), "--output", str(output)]
+        assert run([*argv, "--batch-size", "2", "--workers", "0"]) == 0
+        want = Embedder(model_folder).encode(texts)
+        assert np.abs(np.load(output) - want).max() < 1e-6
+
     def test_npy_and_other_column_names(self, model_folder, tmp_path):
         file, output = tmp_path / "rows.parquet", tmp_path / "out.npy"
         pq.write_table(

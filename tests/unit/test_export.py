@@ -20,9 +20,13 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from coma_ds.config import FAMILIES
+from coma_ds.config import FAMILIES, ModelConfig
+from coma_ds.data.collate import Collator
 from coma_ds.data.processing import load_processing
+from coma_ds.data.records import Dialogue, Turn
+from coma_ds.inference import greedy_answers
 from coma_ds.model.adapters import adapter_layers
+from coma_ds.model.loading import load_finished
 from tests.folders import WORDS, base_folder, disturb, export, load
 from tests.tiny import Flat
 
@@ -91,9 +95,11 @@ def test_the_base_model_class_loads_it_too(tmp_path):
     assert torch.equal(stock.get_input_embeddings().weight[WORDS : WORDS + 4], model.tokens.weight)
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "autocast"])
-def test_precision_survives(tmp_path, precision):
-    model, processing = load(base_folder(tmp_path / "base"), precision=precision)
+def test_precision_survives(tmp_path, precision, weights):
+    base = base_folder(tmp_path / "base")
+    model, processing = load(base, precision=precision, weights=weights)
     disturb(model)
     folder = export(model, processing, tmp_path / "model")
     stock = reload(folder)
@@ -245,6 +251,25 @@ def test_a_model_without_tokens(tmp_path):
     assert torch.equal(stock.lm_head.weight, model.backbone.lm.lm_head.weight)
     assert json.loads((folder / "coma_ds.json").read_text())["first_id"] is None
     assert "no compression tokens" in (folder / "README.md").read_text()
+
+
+def test_an_exported_model_answers_as_in_training(tmp_path):
+    """In a tied table the token rows are output rows as well: they must never be an answer."""
+    model, processing = load(base_folder(tmp_path / "base"))
+    disturb(model)
+    model.tokens.weight.data *= 50
+    folder = export(model, processing, tmp_path / "model", objective="compress")
+    settings = ModelConfig(compression_tokens=4, max_length=512)
+    finished, again = load_finished(
+        str(folder), settings, precision="fp32", device=torch.device("cpu")
+    )
+    questions = [Dialogue((Flat("a", (9 * i, 0, 90)),), (Turn(f"{i}?", ""),)) for i in range(6)]
+    for visibility in ("bottleneck", "causal"):
+        want = greedy_answers(model.eval(), Collator(processing), questions, visibility)
+        got = greedy_answers(finished, Collator(again), questions, visibility)
+        assert got == want and not any("compress" in answer for answer in got)
+    logits = finished.backbone.lm.lm_head.weight @ torch.randn(64, 200)
+    assert ((logits.argmax(0) >= WORDS) & (logits.argmax(0) < WORDS + 4)).any()  # they would win
 
 
 def test_card_has_the_head_that_the_hub_reads(tmp_path):

@@ -33,10 +33,8 @@ elif how == "kill" and rank == 1:
 elif how == "launcher" and rank == 1:
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(60)
-elif how == "silent" and rank == 0:
-    rank_report.write_report(0, "")
 else:
-    time.sleep(60 if how in ("kill", "launcher", "wait") else 0)
+    time.sleep(60)
 """
 
 
@@ -116,7 +114,6 @@ class TestTrain:
             ("kill", 247, 137, "a process of the job was ended by SIGKILL"),
             # the launcher's child dies by a signal, and the launcher says 0
             ("launcher", 0, 1, "the launcher was ended by a signal, though its exit code is 0"),
-            ("silent", 0, 1, "error: rank 1 ended without a word"),
         ],
     )
     def test_the_end_of_a_job_is_told_honestly(self, tmp_path, how, launcher, code, said):
@@ -147,6 +144,28 @@ class TestTrain:
         out, _ = child.communicate(timeout=60)
         assert "(-15, 143, 'stopped by SIGTERM')" in out
         assert not processes(f"{tmp_path}/job.py")
+
+    @pytest.mark.parametrize(
+        ("returncode", "ranks", "code", "said"),
+        [
+            (0, [0, 1], 0, ""),
+            (0, [0], 1, "error: rank 1 ended without a word: the launcher was ended by a signal"),
+            (0, [], 1, "error: ranks 0, 1 ended without a word"),
+            (3, [0, 1], 3, "error: the launcher ended with code 3"),
+            (
+                245,
+                [0],
+                139,
+                "rank 1 ended without a word: a process of the job was ended by SIGSEGV",
+            ),
+            (-9, [], 137, "ended by SIGKILL; as a rule the machine ran out of memory"),
+            (-2, [0], 130, "stopped by SIGINT"),
+        ],
+    )
+    def test_only_the_word_of_every_rank_is_success(self, returncode, ranks, code, said):
+        reports = [RankReport(rank, 2, 0, "", 1.0) for rank in ranks]
+        told, message = train_command.verdict(returncode, reports, 2)
+        assert told == code and said in message and bool(message) == bool(said)
 
     def test_the_earliest_error_counts(self):
         reports = [RankReport(0, 3, 1, "later", 5.0), RankReport(2, 3, 2, "first", 4.0)]
