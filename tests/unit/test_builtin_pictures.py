@@ -30,7 +30,7 @@ from coma_ds.data.builtin.colours import (
     random_background,
 )
 from coma_ds.data.builtin.concepts import load_concepts
-from coma_ds.data.builtin.pictures import _jittered
+from coma_ds.data.builtin.pictures import _lit
 
 FOLDER = Path(builtin.__file__).parent
 
@@ -198,10 +198,21 @@ def test_dominant_colour_ignores_what_is_transparent():
 def test_a_background_keeps_its_word_through_all_changes(word, seed):
     rng = random.Random(seed)
     rgb = background_rgb(word, rng)
-    image = BuiltinPicture("noto", "1F600", rgb).open()
-    corner = np.asarray(_jittered(image, rng))[:1, :1]
+    image = BuiltinPicture("noto", "1F600", rgb, augment=seed).open()
+    corner = np.asarray(image)[:1, :1]
     assert COLOUR_WORDS[int(colour_ids(corner)[0, 0])] == word
     assert background_rgb(word) == BACKGROUNDS[word]
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=50)
+def test_light_changes_colours_within_a_fifth_and_not_the_shape(seed):
+    drawing = PictureSet.load().drawing("noto", "1F419")
+    lit = _lit(drawing, random.Random(seed))
+    assert (lit[..., 3] == drawing[..., 3]).all() and (lit[..., :3] <= lit[..., 3:]).all()
+    strong = (drawing[..., 3] == 255) & (drawing[..., 0] > 100) & (lit[..., 0] < 255)
+    ratio = lit[..., 0][strong] / drawing[..., 0][strong]
+    assert 0.78 <= ratio.min() and ratio.max() <= 1.23 and np.ptp(ratio) < 0.02
 
 
 @given(st.integers(0, 2**32))
