@@ -45,4 +45,4 @@ test: lint
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find coma_ds kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find coma_ds kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -20,8 +28,24 @@ FAMILIES: tuple[str, ...] = get_args(Family)
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _scientific(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML 1.1 reads 1e3 as text; where a whole number is wanted, it is one."""
+        wanted = cls.model_fields[info.field_name].annotation
+        if isinstance(value, str) and int in (wanted, *get_args(wanted)):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        return value
 
 
 class LoRAConfig(Section):
@@ -235,6 +259,20 @@ def _merge(base: dict, over: dict) -> dict:
     return merged
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse_overrides(overrides: list[str]) -> dict:
     """``["optim.lr=2e-5", ...]`` as a tree; values are YAML.
 
@@ -246,7 +284,7 @@ def parse_overrides(overrides: list[str]) -> dict:
         if not equals or not key:
             raise ValueError(f"override {word!r}: expected KEY=VALUE, for example optim.lr=2e-5")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"override {word!r}: the value is not YAML ({error})") from None
         for part in reversed(key.split(".")):
@@ -261,32 +299,38 @@ def recipe_names() -> list[str]:
     return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def read_recipe(name: str) -> dict:
-    """The tree of a shipped recipe or of a YAML file, its ``base`` recipe merged below it.
-
-    Raises ``ValueError`` for a name that is neither, or a file that is not a YAML mapping.
-    """
+def _recipe_text(name: str) -> str:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"recipe file {name!r} does not exist")
-        text = path.read_text()
-    elif name in recipe_names():
-        text = resources.files("coma_ds.recipes").joinpath(f"{name}.yaml").read_text()
-    else:
-        close = difflib.get_close_matches(name, recipe_names(), 1, 0.4)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"recipe {name!r}: {hint}shipped are {', '.join(recipe_names())}")
+        return path.read_text()
+    if name in recipe_names():
+        return resources.files("coma_ds.recipes").joinpath(f"{name}.yaml").read_text()
+    close = difflib.get_close_matches(name, recipe_names(), 1, 0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"recipe {name!r}: {hint}shipped are {', '.join(recipe_names())}")
+
+
+def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
+    """The tree of a shipped recipe or of a YAML file, its ``base`` recipe merged below it.
+
+    ``above`` are the recipes whose base this one is.  Raises ``ValueError`` for a name that is
+    neither, a file that is not a YAML mapping, a key given twice, or bases that go in a circle.
+    """
+    if name in above:
+        raise ValueError(f"recipe {above[0]!r}: its bases go in a circle, {' -> '.join(above)}")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(_recipe_text(name), _Loader)
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where else ""
-        raise ValueError(f"recipe {name!r} is not YAML: an error{line}") from None
+        mark, problem = (getattr(error, part, None) for part in ("problem_mark", "problem"))
+        where = f" in line {mark.line + 1}" if mark else ""
+        why = f" ({problem})" if problem else ""
+        raise ValueError(f"recipe {name!r} is not YAML: an error{where}{why}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"recipe {name!r}: expected a mapping of keys, found {tree!r:.60}")
     base = tree.pop("base", None)
-    return _merge(read_recipe(base), tree) if base else tree
+    return _merge(read_recipe(str(base), (*above, name)), tree) if base else tree
 
 
 def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunConfig:
@@ -308,7 +352,7 @@ def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunCo
 def validate(tree: dict) -> RunConfig:
     """The typed config of a tree; ``ValueError`` with one line for each wrong value."""
     try:
-        return RunConfig.model_validate(_numbers(tree))
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = []
         for item in error.errors():
@@ -317,18 +361,6 @@ def validate(tree: dict) -> RunConfig:
             given = "" if item["type"] == "value_error" else f" (given: {item['input']!r})"
             lines.append(f"{key}: {message}{given}" if key else message)
         raise ValueError("; ".join(lines)) from None
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 5e-5 as text; make it the number that was meant."""
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, str) and value[:1] in "0123456789.-+":
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def dump(config: RunConfig) -> str:

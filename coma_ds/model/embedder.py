@@ -24,14 +24,19 @@ Bottleneck = Literal["kv", "last_hidden"]
 
 
 class Temperature(nn.Module):
-    """A learned temperature: exp of one parameter of shape [1] (ZeRO refuses shape [])."""
+    """A learned temperature, float32 [1]: ``start`` times exp of one parameter.
+
+    The parameter starts at zero, where a bf16 number is fine-grained: the logarithm of 0.03 itself
+    could only move by half a percent of its value.  Its shape is [1]: ZeRO refuses shape [].
+    """
 
     def __init__(self, start: float) -> None:
         super().__init__()
-        self.log = nn.Parameter(torch.tensor([start]).log())
+        self.start = start
+        self.log_ratio = nn.Parameter(torch.zeros(1))
 
     def forward(self) -> torch.Tensor:
-        return self.log.float().exp()
+        return self.start * self.log_ratio.float().exp()
 
 
 class CompressionModel(nn.Module):

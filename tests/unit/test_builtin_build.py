@@ -98,7 +98,6 @@ def pixels(name: str) -> np.ndarray:
 
 
 def test_drawings_are_square_centred_and_mirrored_where_an_alias_says_so():
-    pytest.importorskip("resvg_py")
     flat = pixels("flat")
     assert flat.shape == (64, 64, 4)
     assert (flat[:15, :, 3] == 0).all() and (flat[49:, :, 3] == 0).all()
@@ -120,7 +119,6 @@ def test_a_failed_download_is_named(tmp_path, monkeypatch):
 
 
 def test_build_writes_matched_pictures_concepts_and_notice(tmp_path, monkeypatch):
-    pytest.importorskip("resvg_py")
     files = {
         "@iconify-json/noto@1.2.9": {
             "icons.json": {**ICONS, "icons": {"cat": {"body": SQUARE}}},

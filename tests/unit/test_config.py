@@ -56,6 +56,8 @@ def test_a_base_lies_below_its_recipe(tmp_path) -> None:
         ("eval.sets=[name_t2i/seen]", "eval.sets", ("name_t2i/seen",)),
         ("optim.betas=[9e-1, 0.95]", "optim.betas", (0.9, 0.95)),
         ("output=runs/a=b", "output", "runs/a=b"),
+        ("output=2024", "output", "2024"),
+        ("output=1e3", "output", "1e3"),
         ("seed=-3", "seed", -3),
         ("data.columns.query=title", "data.columns", {"query": "title"}),
     ],
@@ -124,7 +126,22 @@ def test_broken_yaml_names_file_and_line(text, line, tmp_path) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text(text)
     message = fails(recipe=str(file))
-    assert message == f"recipe {str(file)!r} is not YAML: an error in line {line}"
+    assert message.startswith(f"recipe {str(file)!r} is not YAML: an error in line {line} (")
+
+
+def test_a_key_given_twice_is_an_error(tmp_path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("optim:\n  lr: 1e-3\n  steps: 5\n  lr: 2e-3\n")
+    assert fails(recipe=str(file)).endswith("an error in line 4 ('lr' is given twice)")
+
+
+def test_bases_in_a_circle_are_an_error(tmp_path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"base: {two}\n")
+    two.write_text(f"base: {one}\n")
+    assert fails(recipe=str(one)) == (
+        f"recipe {str(one)!r}: its bases go in a circle, {one} -> {two}"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
@@ -165,7 +182,7 @@ def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path) -> None:
         (["data.sources=name"], "data.sources: "),
         (["logging.progress=maybe"], "logging.progress: "),
         (["objective=both"], "objective: Input should be 'compress' or 'match' (given: 'both')"),
-        (["output=3"], "output: Input should be a valid string (given: 3)"),
+        (["output=[3]"], "output: Input should be a valid string (given: [3])"),
     ],
 )
 def test_a_wrong_value_names_its_key(words, message) -> None:

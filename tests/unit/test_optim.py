@@ -75,7 +75,7 @@ def test_groups_hold_every_trained_parameter_once() -> None:
             assert group["lr"] == pytest.approx(4e-3 if token else 1e-3)
             assert group["weight_decay"] == (0.1 if matrix and not token else 0.0)
     assert {"tokens.weight"} in names
-    assert "pooling.query" in set.union(*names) and "temperature.log" in set.union(*names)
+    assert "pooling.query" in set.union(*names) and "temperature.log_ratio" in set.union(*names)
 
 
 def test_tokens_follow_the_common_rate_unless_told() -> None:

@@ -171,7 +171,5 @@ def test_a_broken_deepspeed_file_is_named(text, message, tmp_path) -> None:
 
 
 def test_an_unknown_mechanics_name_lists_the_known() -> None:
-    with pytest.raises(
-        ValueError, match=r"'zero4': expected a JSON file or one of .*zero3"
-    ):
+    with pytest.raises(ValueError, match=r"'zero4': expected a JSON file or one of .*zero3"):
         read_mechanics("zero4")
