@@ -99,6 +99,7 @@ class Batch:
     content_ids_B: torch.Tensor
     images: ImageBatch | None = None
     pairs: int = 0  # stage 2: the first samples are queries, as many targets follow, then negatives
+    truncated: int = 0  # samples that lost text to the longest length; parts do not carry it
 
     def __len__(self) -> int:
         return len(self.lengths_B3)

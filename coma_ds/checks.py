@@ -7,27 +7,28 @@ from pathlib import Path
 
 from coma_ds import comm
 from coma_ds.assemble import TrainingData
-from coma_ds.assessment import load_tasks
+from coma_ds.assessment import bottleneck_questions, load_tasks
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.builtin.evaluation_sets import HALVES, TASKS
 from coma_ds.data.images import FilePicture, check_sample
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
-from coma_ds.data.records import RankingTask, Side
+from coma_ds.data.records import Picture, RankingTask
 
 log = logging.getLogger("coma_ds")
 
-# Of each source, evenly spread: rows whose images are looked for, and of these decoded ones.
-EVERY_RUN, DRY_RUN = (500, 8), (20_000, 200)
-COLLATED = 16  # rows of each source that become a batch in a dry run; in every run 2
-SIDES = 200  # of each evaluation set, in a dry run
+# Of each source, evenly spread: rows whose images are looked for, of these decoded ones, and rows
+# that are made into batches, as in training.
+EVERY_RUN, DRY_RUN = (500, 8, 64), (20_000, 200, 256)
+COLLATED = 16  # at a time
+SIDES = 200  # of each evaluation set
 
 
 def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
     """Look at the data and the evaluation sets before any step, on rank 0.
 
-    Every run: of each source 500 rows are built and their images found, 8 decoded, 2 made a batch;
-    names of evaluation sets are looked up.  ``thorough``, a dry run: 20,000, 200 and 16, the sets
-    of ``eval.root`` are read and some of their images found, with a line on each.
+    Every run: of each source 500 rows are built and their images found, 8 decoded, 64 made into
+    batches; what is evaluated is read, and some of its images found.  ``thorough``, a dry run:
+    20,000, 200 and 256, with a line on each source and set.
 
     Raises ``ValueError`` for the first bad row, image or set.
     """
@@ -37,24 +38,41 @@ def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
 def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
     if thorough:
         log.info("the config of this run:\n%s", dump(config).rstrip())
-    rows, opened = DRY_RUN if thorough else EVERY_RUN
+    rows, opened, batched = DRY_RUN if thorough else EVERY_RUN
     for name, reader in data.sources.readers.items():
         check_sample(reader, rows=rows, opened=opened)
-        count = min(COLLATED if thorough else 2, len(reader))
-        batch = data.collator([reader[i * len(reader) // count] for i in range(count)])
+        count, longest = min(batched, len(reader)), 0
+        picks = [i * len(reader) // count for i in range(count)]
+        for start in range(0, count, COLLATED):
+            batch = data.collator([reader[row] for row in picks[start : start + COLLATED]])
+            longest = max(longest, int(batch.sizes_B.max()))
         if thorough:
-            looked, longest = min(rows, len(reader)), int(batch.sizes_B.max())
+            looked = min(rows, len(reader))
             words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
             log.info(words, name, looked, len(reader), longest)
-    check_evaluation_sets(config)
+    check_evaluation(config, thorough)
     if thorough:
-        if config.objective == "match" and config.eval.root:
-            for task in load_tasks(config, Path(config.output)):
-                check_task(task)
         log.info("%s", arithmetic(config, data))
 
 
-def check_evaluation_sets(config: RunConfig) -> None:
+def check_evaluation(config: RunConfig, thorough: bool) -> None:
+    """Read what the run evaluates: its sets, or its questions; ``ValueError`` for what is wrong."""
+    if not (config.eval.at_end or config.eval.every):
+        return
+    if config.objective == "compress":
+        for dialogue in bottleneck_questions(config) if config.eval.path else ():
+            for picture in dialogue.images:
+                _check_picture(picture, dialogue.name)
+        return
+    check_names(config)
+    if config.eval.root:
+        for task in load_tasks(config, Path(config.output)):
+            check_task(task)
+            if thorough:
+                log.info("evaluation set %s: %d queries", task.name, len(task.queries))
+
+
+def check_names(config: RunConfig) -> None:
     """Raise ``ValueError`` for a name in ``eval.sets`` or ``eval.along`` that has no set."""
     root = config.eval.root
     if config.objective != "match" or (root is None and config.data.format != "builtin"):
@@ -65,8 +83,9 @@ def check_evaluation_sets(config: RunConfig) -> None:
     for key in ("sets", "along"):
         for name in getattr(config.eval, key):
             if name not in names:
+                recipe = f" (eval.{key}=[] takes all)" if root else ""
                 raise ValueError(
-                    f"eval.{key}: {name!r} is not in {root or 'the built-in data'}: it has "
+                    f"eval.{key}: {name!r} is not in {root or 'the built-in data'}{recipe}: it has "
                     f"{', '.join(names)}"
                 )
 
@@ -76,17 +95,16 @@ def check_task(task: RankingTask) -> None:
     for kind, sides in (("query", task.queries), ("candidate", task.pool)):
         count = min(SIDES, len(sides))
         for row in (i * len(sides) // count for i in range(count)):
-            _check_side(sides[row], f"evaluation set {task.name}, {kind} {row}")
-    log.info("evaluation set %s: %d queries", task.name, len(task.queries))
+            for picture in sides[row].images:
+                _check_picture(picture, f"evaluation set {task.name}, {kind} {row}")
 
 
-def _check_side(side: Side, where: str) -> None:
-    for picture in side.images:
-        if isinstance(picture, FilePicture):
-            try:
-                picture.check_exists()
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+def _check_picture(picture: Picture, where: str) -> None:
+    if isinstance(picture, FilePicture):
+        try:
+            picture.check_exists()
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def arithmetic(config: RunConfig, data: TrainingData) -> str:

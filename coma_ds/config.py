@@ -208,6 +208,12 @@ class RunConfig(Section):
                 f"model.weights is 'random', but init_from {self.init_from!r} names the model to "
                 "start from: leave one of them out"
             )
+        if self.init_from:
+            source, output = Path(self.init_from).absolute(), Path(self.output).absolute()
+            if output in (source, source.parent if source.name == "model" else source):
+                raise ValueError(
+                    f"output {self.output!r} is the run that init_from names: it would be replaced"
+                )
         if self.objective == "match" and self.data.format == "dialogues":
             raise ValueError("data.format 'dialogues' has no pairs: objective 'match' needs pairs")
         if self.objective == "compress" and self.data.format in ("mmeb", "pairs"):

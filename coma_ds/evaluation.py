@@ -138,23 +138,20 @@ def evaluate(
 
 def group_means(sets: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Mean ``p@1`` over the sets of each group, of each domain and of all, as :func:`evaluate`."""
-    means = {}
-    for column in COLUMNS:
-        values = [
-            values["p@1"]
-            for values in sets.values()
-            if column in (values["group"], values["domain"], "All")
-        ]
-        if values:
-            means[column] = sum(values) / len(values)
-    return means
+    columns = {column: _column(sets, column) for column in COLUMNS}
+    return {column: sum(found) / len(found) for column, found in columns.items() if found}
+
+
+def _column(sets: dict[str, dict[str, Any]], column: str) -> list[float]:
+    return [s["p@1"] for s in sets.values() if column in (s["group"], s["domain"], "All")]
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The table of the paper in percent, then a line for each set."""
+    """The table of the paper in percent, with the sets behind each mean, then a line a set."""
     groups = results["groups"]
     figures = [f"{100 * groups[c]:.1f}" if c in groups else "-" for c in COLUMNS]
-    head = _aligned([["P@1 in %", *COLUMNS], ["mean", *figures]])
+    counts = [str(len(_column(results["sets"], column))) for column in COLUMNS]
+    head = _aligned([["P@1 in %", *COLUMNS], ["mean", *figures], ["sets", *counts]])
     lines = [["set", "group", "domain", "P@1", "R@5", "R@10", "chance", "ties", "queries", "cand."]]
     for name, values in results["sets"].items():
         lines.append([

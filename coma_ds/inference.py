@@ -8,6 +8,7 @@ Shapes: N sides, E embedding width, B samples of a block, R rows.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from coma_ds.batch import Batch
 from coma_ds.data.collate import Collator
 from coma_ds.data.records import Dialogue, Side
 from coma_ds.model.attention import Visibility
+
+log = logging.getLogger("coma_ds")
 
 # An engine or a bare model: ``run(call)`` is ``call(model)`` inside its forward.
 Run = Callable[[Callable[[Any], Any]], Any]
@@ -84,13 +87,22 @@ def encode_sides(
     order = sorted(range(len(sides)), key=lambda i: (len(sides[i].images), len(sides[i].text)))
     sorted_sides = [sides[i] for i in order]
     found: dict[int, np.ndarray] = {}
+    cut: dict[int, int] = {}  # by the first row of a block: two ranks may take the same one
     for rows, batch in _own_batches(sorted_sides, batch_size, collator.sides, workers, shared):
+        cut[rows[0]] = batch.truncated
         batch = batch.to(device)
         emb = run(lambda m, b=batch: m.embeddings(b, m.embed_images(b.images)))
         found.update(zip((order[r] for r in rows), emb.float().cpu().numpy()))
     merged: dict[int, np.ndarray] = {}
-    for part in comm.all_objects(found) if shared else [found]:
+    for part, its_cut in comm.all_objects((found, cut)) if shared else [(found, cut)]:
         merged.update(part)
+        cut |= its_cut
+    if lost := sum(cut.values()):
+        limit = collator.processing.max_length
+        log.warning(
+            "%d of %d inputs lost the end of their text: longer than %d tokens",
+            lost, len(sides), limit,
+        )  # fmt: skip
     return np.stack([merged[i] for i in range(len(sides))])
 
 

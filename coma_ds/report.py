@@ -43,8 +43,16 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         has_flash = importlib.util.find_spec("flash_attn") is not None
         path += ", flash-attn is installed but not used yet" if has_flash else ""
     rule = "rule off: the dialogue sees the image" if config.compress.visible else "rule on"
+    attention = ATTENTION[backbone.carrier]
+    if config.objective == "match":
+        attention = "causal, the compression tokens last"
+    teacher = ""
+    if config.compress.loss == "kl":
+        teacher = " to the model that sees the image, its adapter off"
+        if config.model.adapter == "none":
+            teacher = " to this model as it is now and sees the image (no adapter to switch off)"
     loss = {
-        "compress": f"{config.compress.loss} over answer tokens, logits in chunks, {rule}",
+        "compress": f"{config.compress.loss}{teacher} over answer tokens, logits in chunks, {rule}",
         "match": "InfoNCE in plain torch, chunked; temperature "
         f"{config.match.temperature}{' (learned)' if config.match.learn_temperature else ''}",
     }[config.objective]
@@ -57,7 +65,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         f"{tokens} compression tokens ({config.model.bottleneck}), pooling {config.model.pooling}",
         f"world      {world} rank(s) on {engine.device.type}, ZeRO-{engine.stage} "
         f"({config.deepspeed}), {config.precision}",
-        f"attention  {ATTENTION[backbone.carrier]}; {path}",
+        f"attention  {attention}; {path}",
         f"loss       {loss}",
         f"images     {low} to {high} image tokens each",
         f"batch      {batch} = {world} x {batch // world}, in chunks of at most {budget}",

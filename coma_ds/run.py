@@ -24,7 +24,12 @@ from coma_ds.assessment import (
     load_tasks,
 )
 from coma_ds.batch import Batch
-from coma_ds.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from coma_ds.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.collate import Collator
 from coma_ds.data.processing import Processing
@@ -35,6 +40,7 @@ from coma_ds.metrics import Monitor, flatten
 from coma_ds.model.card import model_card
 from coma_ds.model.export import export_model
 from coma_ds.report import describe_run
+from coma_ds.run_folder import CONFIG, check_same, claim, start_over
 
 log = logging.getLogger("coma_ds")
 
@@ -44,6 +50,8 @@ UNCOMPARED = {
     **dict.fromkeys(("output", "eval", "checkpoint", "logging"), True),
     "data": {"root", "path", "image_root", "workers"},
 }
+NO_SETS = "this data brings no evaluation sets (eval.root names a folder in MMEB-eval's format)"
+NO_QUESTIONS = "no questions are asked (eval.path names a dialogue file)"
 OTHER_OBJECTIVE = {"compress": "match", "match": "compress"}
 
 
@@ -58,34 +66,28 @@ class Run:
         self.seconds = 0.0  # of training, without evaluation and saving
         self.monitor: Monitor | None = None
         self.bar: tqdm | None = None
+        self.truncated = 0  # samples of this rank so far that lost text
         log_to_stderr(self.main)
-        if keep and self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(dump(config))
-            (self.folder / "versions.txt").write_text(versions())
-        comm.barrier()
+        comm.decide(lambda: claim(config, keep=keep))
 
     def report_start(self, engine: Engine, data: TrainingData, source: str) -> None:
-        """The start-up report, the resolved config, and the DeepSpeed config of the run."""
-        lines = describe_run(self.config, engine, data, source)
-        for line in lines:
+        """The start-up report."""
+        for line in describe_run(self.config, engine, data, source):
             log.info("%s", line)
-        if self.keep and self.main:
-            path = self.folder / "ds_config.json"
-            path.write_text(json.dumps(engine.ds_config, indent=2) + "\n")
 
     def resume(self, engine: Engine) -> int:
-        """Load the checkpoint that ``checkpoint.resume`` says; the first step to take."""
+        """Load the checkpoint that ``checkpoint.resume`` says; the first step to take.
+
+        From here on the folder is this run's: its config and versions are written.
+        """
         step = 0
         if self.keep:
-            folder, wanted = self.folder / "checkpoints", self.config.checkpoint.resume
-            path = comm.decide(lambda: find_checkpoint(folder, wanted))
-            if path is not None:
-                step = load_checkpoint(engine, path)
-                self.seconds = json.loads((path / "clock.json").read_text())["seconds"]
-                log.info("resumed %s: step %d of %d", path, step, self.config.optim.steps)
-            elif (self.folder / "metrics.jsonl").is_file():
-                log.info("%s has no checkpoint to go on from: the run starts over", self.folder)
+            step = self._load(engine)
+            if self.main:
+                ds_config = json.dumps(engine.ds_config, indent=2)
+                (self.folder / CONFIG).write_text(dump(self.config))
+                (self.folder / "ds_config.json").write_text(f"{ds_config}\n")
+                (self.folder / "versions.txt").write_text(versions())
         logging_config = self.config.logging
         active = self.keep and self.main
         self.monitor = Monitor(
@@ -95,6 +97,25 @@ class Run:
         if self.main and logging_config.progress and sys.stderr.isatty():
             steps = self.config.optim.steps
             self.bar = tqdm(total=steps, initial=step, desc=self.config.objective, unit="step")
+        return step
+
+    def _load(self, engine: Engine) -> int:
+        config = self.config
+        path = comm.decide(
+            lambda: find_checkpoint(self.folder / "checkpoints", config.checkpoint.resume)
+        )
+        if path is None:
+            if self.main and (self.folder / "metrics.jsonl").is_file():
+                log.info("%s has no checkpoint to go on from: the run starts over", self.folder)
+            if self.main:
+                start_over(self.folder)
+            return 0
+        step = read_manifest(path)["step"]
+        for difference in comm.decide(lambda: check_same(config, path, step)):
+            log.warning("changed since the checkpoint: %s", difference)
+        load_checkpoint(engine, path)
+        self.seconds = json.loads((path / "clock.json").read_text())["seconds"]
+        log.info("resumed %s: step %d of %d", path, step, config.optim.steps)
         return step
 
     def log(
@@ -108,6 +129,12 @@ class Run:
     ) -> None:
         """One step: metrics, progress, and a line now and then where there is no bar."""
         self.seconds += took
+        if batch.truncated and not self.truncated:
+            log.warning(
+                "texts longer than model.max_length %d lose their end (metric: truncated)",
+                self.config.model.max_length,
+            )
+        self.truncated += batch.truncated
         done = step + 1
         config = self.config
         if self.bar is not None:
@@ -119,8 +146,9 @@ class Run:
         every, ends = config.logging.every, (1, config.optim.steps)
         if done % every and done not in ends:
             return
-        own = torch.tensor([len(batch.input_ids_T)], device=batch.input_ids_T.device)
-        tokens = int(comm.all_sum(own))
+        device = batch.input_ids_T.device
+        own = torch.tensor([len(batch.input_ids_T), self.truncated], device=device)
+        tokens, truncated = comm.all_sum(own).tolist()
         values = {
             **report,
             "lr": result.lr,
@@ -128,6 +156,7 @@ class Run:
             "skipped": float(not result.applied),
             "samples_per_second": config.optim.batch_size / took,
             "tokens_per_second": tokens / took,
+            "truncated": float(truncated),
             "data_wait_percent": 100 * waited / took,
             "memory_mib": memory_mib(),
             "training_seconds": self.seconds,
@@ -152,26 +181,36 @@ class Run:
 
     def save(self, engine: Engine, done: int) -> None:
         """Publish a checkpoint."""
-        clock = {"clock.json": json.dumps({"seconds": self.seconds})}
-        save_checkpoint(engine, self.folder / "checkpoints", done, extra=clock)
+        clock = json.dumps({"seconds": self.seconds})
+        extra = {"clock.json": clock, CONFIG: dump(self.config)}
+        save_checkpoint(engine, self.folder / "checkpoints", done, extra=extra)
 
     def evaluate(self, engine: Engine, processing: Processing, done: int, *, final=False) -> dict:
-        """Ranking sets (stage 2) or the bottleneck table (stage 1), written down and returned."""
+        """Ranking sets (stage 2) or the bottleneck table (stage 1), written down and returned.
+
+        Without either there is nothing to measure, which is said.
+        """
         config, collator = self.config, Collator(processing)
-        engine.eval()
         displays = Displays(self.monitor, self.folder, done, final=final)
         results: dict = {"step": done, "training_seconds": round(self.seconds, 1)}
-        if config.objective == "match":
+        matching = config.objective == "match"
+        if matching:
             cache = Path(config.output).parent / "evaluation_sets"
-            tasks = load_tasks(config, cache, () if final else config.eval.along)
+            inputs = load_tasks(config, cache, () if final else config.eval.along)
+        else:
+            inputs = bottleneck_questions(config)
+        if not inputs:
+            log.info("nothing is evaluated: %s", NO_SETS if matching else NO_QUESTIONS)
+            return results
+        engine.eval()
+        if matching:
             watch = displays.watch if self.main else None
-            results |= evaluate_ranking(engine, collator, tasks, config, engine.device, watch)
+            results |= evaluate_ranking(engine, collator, inputs, config, engine.device, watch)
             if self.main:
                 displays.finish(results)
             text = format_table(results) + format_pixels(results)
         else:
-            questions = bottleneck_questions(config)
-            table = evaluate_bottleneck(engine, collator, questions, config, engine.device)
+            table = evaluate_bottleneck(engine, collator, inputs, config, engine.device)
             results["bottleneck"] = table
             self.monitor.table("results/bottleneck", *bottleneck_table(table), done)
             text = format_bottleneck(table)

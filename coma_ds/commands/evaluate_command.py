@@ -63,7 +63,7 @@ def execute(args: argparse.Namespace) -> int:
         )
 
     from coma_ds import comm, engine
-    from coma_ds.evaluation import write_results
+    from coma_ds.evaluation import group_means, write_results
     from coma_ds.run import log_to_stderr
 
     device = engine.start()
@@ -74,6 +74,9 @@ def execute(args: argparse.Namespace) -> int:
     if comm.rank() == 0:
         file = Path(args.output) if args.output else folder / "results.json"
         before = json.loads(file.read_text()) if file.is_file() else {}
+        if args.sets and "sets" in before:  # the others stay, and the means are those of all
+            results["sets"] = before["sets"] | results["sets"]
+            results["groups"] = group_means(results["sets"])
         write_results(file, before | results)
         sys.stdout.write(f"{text}\n-> {file}\n")
     return 0

@@ -8,7 +8,8 @@ Source: the paper, section 3 and figure 1; no system prompt, no chat template in
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,18 @@ class Sample:
     labels: list[int]  # of the dialogue
     grids: list[tuple[int, int, int]]
     content_id: int = 0
+    truncated: bool = False
+
+
+@contextmanager
+def _row(name: str) -> Iterator[None]:
+    """Errors inside begin with the name of the row."""
+    try:
+        yield
+    except ValueError as error:
+        if not name or name in str(error):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def rope_positions(ids: np.ndarray, grids, image_id: int, merge_size: int) -> np.ndarray:
@@ -65,12 +78,12 @@ def rope_positions(ids: np.ndarray, grids, image_id: int, merge_size: int) -> np
 class Collator:
     """Packs pairs or dialogues; picklable, runs in the loader's workers.
 
-    ``truncated`` counts texts that were cut to ``max_length``; a dialogue loses whole last turns.
+    A text is cut to ``max_length``, a dialogue loses whole last turns; the batch counts the samples
+    that lost something.  Errors name the file and row of their record.
     """
 
     def __init__(self, processing: Processing) -> None:
         self.processing = processing
-        self.truncated = 0
 
     def __call__(self, records: Sequence[Pair] | Sequence[Dialogue]) -> Batch:
         """One batch of a list of pairs or of dialogues (not mixed)."""
@@ -80,15 +93,19 @@ class Collator:
 
     def pairs(self, pairs: Sequence[Pair]) -> Batch:
         """Queries, then targets, then all negatives, as samples without a dialogue."""
-        sides = [p.query for p in pairs] + [p.target for p in pairs]
-        sides += [side for p in pairs for side in p.negatives]
-        return self.sides(sides, pairs=len(pairs))
+        named = [(p.query, p.name) for p in pairs] + [(p.target, p.name) for p in pairs]
+        named += [(side, p.name) for p in pairs for side in p.negatives]
+        return self._sides(named, len(pairs))
 
-    def sides(self, sides: Sequence[Side], pairs: int = 0) -> Batch:
+    def sides(self, sides: Sequence[Side]) -> Batch:
         """Any sides as samples that end with the K tokens."""
+        return self._sides([(side, "") for side in sides], 0)
+
+    def _sides(self, named: Sequence[tuple[Side, str]], pairs: int) -> Batch:
         samples, pixels = [], []
-        for side in sides:
-            samples.append(self._side(side, pixels))
+        for side, name in named:
+            with _row(name):
+                samples.append(self._side(side, pixels))
         return self._pack(samples, pixels, pairs)
 
     def dialogues(self, dialogues: Sequence[Dialogue], *, prompt_only: bool = False) -> Batch:
@@ -99,7 +116,8 @@ class Collator:
         """
         samples, pixels = [], []
         for dialogue in dialogues:
-            samples.append(self._dialogue(dialogue, pixels, prompt_only))
+            with _row(dialogue.name):
+                samples.append(self._dialogue(dialogue, pixels, prompt_only))
         return self._pack(samples, pixels, 0)
 
     def _image(self, picture: Picture, pixels: list, grids: list) -> list[int]:
@@ -124,13 +142,13 @@ class Collator:
             )
         context = list(words[0][:room])
         room -= len(context)
-        self.truncated += sum(map(len, words)) > room + len(context)
+        truncated = sum(map(len, words)) > room + len(context)
         for image, piece in zip(images, words[1:]):
             context += image + piece[:room]
             room -= len(piece[:room])
         if not context:
             raise ValueError("a side is empty: it has neither text nor an image")
-        return Sample(context, p.compression_ids, [], [], grids, side.content_id())
+        return Sample(context, p.compression_ids, [], [], grids, side.content_id(), truncated)
 
     def _dialogue(self, dialogue: Dialogue, pixels: list, prompt_only: bool) -> Sample:
         p, grids, context = self.processing, [], []
@@ -141,6 +159,7 @@ class Collator:
         room = p.max_length - len(context) - len(p.compression_ids)
         ids: list[int] = []
         labels: list[int] = []
+        truncated = False
         for number, turn in enumerate(dialogue.turns):
             question = p.encode(TURN.format(turn.question))
             answer = [*p.encode(turn.answer), p.turn_end]
@@ -156,11 +175,11 @@ class Collator:
                         f"{len(context) + len(ids) + wanted} tokens or more, more than "
                         f"model.max_length {p.max_length} leaves"
                     )
-                self.truncated += 1
+                truncated = True
                 break
             ids += between + question + answer
             labels += [IGNORE] * (len(between) + len(question)) + answer
-        return Sample(context, p.compression_ids, ids, labels, grids)
+        return Sample(context, p.compression_ids, ids, labels, grids, truncated=truncated)
 
     def _pack(self, samples: list[Sample], pixels: list[np.ndarray], pairs: int) -> Batch:
         p = self.processing
@@ -190,4 +209,5 @@ class Collator:
             content_ids_B=torch.tensor([s.content_id for s in samples], dtype=torch.int64),
             images=images,
             pairs=pairs,
+            truncated=sum(s.truncated for s in samples),
         )

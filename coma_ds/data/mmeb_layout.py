@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import json
+import logging
 import os
 from collections.abc import Sequence
 
@@ -11,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from coma_ds.data.tables import ArrowTable, read_hub, read_parquet
+
+log = logging.getLogger("coma_ds")
 
 GROUPS = ("Cls", "VQA", "Ret", "VG")
 DOMAINS = ("IND", "OOD")
@@ -38,9 +42,10 @@ def mmeb_eval_sets(root_or_hub: str) -> list[str]:
     """Names of the sets at ``root_or_hub``: those of ``sets.json``, else the official ones there.
 
     Raises:
-        ValueError: a folder that holds none.
+        ValueError: a folder that holds none, or that is not there.
     """
     if not os.path.isdir(root_or_hub):
+        check_hub_name(root_or_hub)
         return list(OFFICIAL_SETS)
     index = _read_index(root_or_hub)
     names = list(index) or [
@@ -51,7 +56,21 @@ def mmeb_eval_sets(root_or_hub: str) -> list[str]:
             f"{root_or_hub}: no MMEB set here; expected folders such as "
             f"{next(iter(OFFICIAL_SETS))}/test-00000-of-00001.parquet, or sets.json"
         )
+    others = [name for name in _folders(root_or_hub) if name not in names]
+    strange = [name for name in others if glob.glob(os.path.join(root_or_hub, name, "*.parquet"))]
+    if strange and not index:
+        log.warning(
+            "%s: left out, none of the 36 sets of MMEB and not in sets.json: %s",
+            root_or_hub, ", ".join(strange),
+        )  # fmt: skip
     return names
+
+
+def check_hub_name(name: str) -> None:
+    """Raise ``ValueError`` for what looks like a folder that is not there."""
+    local = name.startswith((".", "/", "~")) or os.path.isdir(os.path.dirname(name) or ".")
+    if name.count("/") != 1 or local:
+        raise ValueError(f"{name}: no such folder, nor the name of a hub repository (owner/name)")
 
 
 def open_set(root_or_hub: str, subset: str, split: str, columns: Sequence[str]) -> ArrowTable:
@@ -62,10 +81,7 @@ def open_set(root_or_hub: str, subset: str, split: str, columns: Sequence[str]) 
             refuses.
     """
     if not os.path.isdir(root_or_hub):
-        if root_or_hub.count("/") != 1 or root_or_hub.startswith((".", "/", "~")):
-            raise ValueError(
-                f"{root_or_hub}: no such folder, nor the name of a hub repository (owner/name)"
-            )
+        check_hub_name(root_or_hub)
         return read_hub(root_or_hub, subset, split).select(columns)
     folder = os.path.join(root_or_hub, subset)
     if not os.path.isdir(folder):

@@ -16,7 +16,18 @@ from coma_ds.config import LoRAConfig
 
 
 def add_adapter(lm: nn.Module, lora: LoRAConfig, *, dora: bool) -> None:
-    """Put LoRA (or DoRA) layers into the language model of ``lm``, in place."""
+    """Put LoRA (or DoRA) layers into the language model of ``lm``, in place.
+
+    Raises ``ValueError`` for a target that no layer of the language model is named after.
+    """
+    modules = lm.named_modules()
+    linear = [n for n, m in modules if isinstance(m, nn.Linear) and "language_model." in n]
+    for target in lora.targets:
+        if not any(name.endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ValueError(
+                f"model.lora.targets: the language model has no layer {target!r}; it has {known}"
+            )
     names = "|".join(re.escape(t) for t in lora.targets)
     config = LoraConfig(
         r=lora.rank,

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from coma_ds import comm
 from coma_ds.config import MatchConfig, ModelConfig
@@ -87,9 +88,21 @@ def load_language_model(
         torch.manual_seed(seed)
         return cls._from_config(config, attn_implementation="sdpa").to(dtype)
     if comm.rank() or not sys.stderr.isatty():
-        disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+    if sharding:
+        # Under ZeRO-3 transformers tells neither unexpected weights nor wrong shapes.
+        comm.decide(lambda: _read_weights(cls, source, dtype, device_map="meta") and None)
     # transformers looks this object up while it loads; it is forgotten when the name goes.
     sharded = HfDeepSpeedConfig(sharding) if sharding else None
+    try:
+        return _read_weights(cls, source, dtype)
+    finally:
+        del sharded
+
+
+def _read_weights(cls: type, source: str, dtype: torch.dtype, **place) -> PreTrainedModel:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of the same is a table of warnings
     try:
         model, info = cls.from_pretrained(
             source,
@@ -97,14 +110,15 @@ def load_language_model(
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the missing ones
+            **place,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{source}: its weights cannot be read ({first_line(error)}); "
             "model.weights=random starts without any"
         ) from error
     finally:
-        del sharded
+        transformers_logging.set_verbosity(before)
     check_loaded(source, info)
     return model
 

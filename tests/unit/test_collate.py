@@ -118,16 +118,16 @@ def test_text_is_cut_to_the_maximum_and_counted() -> None:
     assert batch.sizes_B[1] == 40
     kept = processing.tokenizer.decode(processing.encode(long)[: 40 - 8 - 18])
     assert texts(batch, processing)[0] == f"{IMAGE}{kept}{TOKENS}"
-    assert collator.truncated == 2
-    before = collator.truncated
+    assert batch.truncated == 2
     both = collator.sides([Side(f"{long}<|image_1|>{long}", (RED,))])
-    assert both.sizes_B.tolist() == [40] and collator.truncated == before + 1
+    assert both.sizes_B.tolist() == [40] and both.truncated == 1
     assert texts(both, processing) == [f"{kept}{IMAGE}{TOKENS}"]
     longer = Collator(demo_processing(max_length=56))
     twice = longer.sides([Side(f"<|image_1|>a b c<|image_2|>{long}", (RED, BLUE))])
-    assert twice.sizes_B.tolist() == [56] and longer.truncated == 1
+    assert twice.sizes_B.tolist() == [56] and twice.truncated == 1
     exact = Collator(demo_processing(max_length=8 + words))
-    assert exact.sides([Side(long)]).sizes_B.tolist() == [8 + words] and exact.truncated == 0
+    fits = exact.sides([Side(long)])
+    assert fits.sizes_B.tolist() == [8 + words] and fits.truncated == 0
 
 
 def test_images_that_do_not_fit_are_named() -> None:

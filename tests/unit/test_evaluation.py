@@ -320,6 +320,7 @@ def test_table(tmp_path: Path) -> None:
     assert format_table(evaluate(tasks, Lookup())) == (
         "P@1 in %   Cls  VQA  Ret    VG   IND   OOD   All\n"
         "mean      40.0    -    -  40.0  40.0  40.0  40.0\n"
+        "sets         1    0    0     1     1     1     2\n"
         "\n"
         "set               group  domain   P@1    R@5   R@10  chance  ties  queries  cand.\n"
         "ImageNet-1K       Cls    IND     40.0  100.0  100.0   36.67     1        5    2.8\n"

@@ -132,7 +132,7 @@ def test_truncation_drops_whole_last_turns() -> None:
         kept = sum(size <= limit for size in sizes)
         assert batch.sizes_B.tolist() == [sizes[kept - 1]]
         assert spans(batch, limited.processing.tokenizer) == [expected(TURNS[:kept])]
-        assert limited.truncated == (kept < len(TURNS))
+        assert batch.truncated == (kept < len(TURNS))
 
 
 def test_a_first_turn_that_does_not_fit_is_an_error() -> None:

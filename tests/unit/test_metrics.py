@@ -121,12 +121,13 @@ def test_the_step_of_a_checkpoint_is_kept(tmp_path, monkeypatch) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-00000004"
     checkpoint.mkdir(parents=True)
     (checkpoint / "clock.json").write_text('{"seconds": 12.5}')
+    (checkpoint / "manifest.json").write_text('{"step": 4, "files": {}}')
     monkeypatch.setattr(run_module, "log_to_stderr", lambda main: None)
     monkeypatch.setattr(run_module, "find_checkpoint", lambda *_: checkpoint)
     monkeypatch.setattr(run_module, "load_checkpoint", lambda *_: 4)
     config = RunConfig.model_validate({"output": str(tmp_path), "logging": {"tensorboard": False}})
     run = run_module.Run(config)
-    assert run.resume(SimpleNamespace()) == 4 and run.seconds == 12.5
+    assert run.resume(SimpleNamespace(ds_config={})) == 4 and run.seconds == 12.5
     run.monitor.close()
     found = [(line["step"], line["group"]) for line in lines(tmp_path)]
     assert found == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "eval")]

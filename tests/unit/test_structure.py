@@ -24,7 +24,8 @@ FLOORS = {
     **dict.fromkeys(("data", "model", "evaluation", "optim", "metrics"), 2),
     **dict.fromkeys(("inference", "embedder", "bulk", "displays", "assessment"), 2),
     **dict.fromkeys(("engine", "checkpoint"), 3),
-    **dict.fromkeys(("step", "objectives", "verify", "assemble", "checks", "report", "run"), 4),
+    **dict.fromkeys(("step", "objectives", "verify", "assemble", "checks", "report"), 4),
+    **dict.fromkeys(("run", "run_folder"), 4),
     **dict.fromkeys(("train", "commands"), 5),
     **dict.fromkeys(("recipes", "ds_configs"), 0),
 }

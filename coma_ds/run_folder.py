@@ -1,0 +1,115 @@
+"""The folder of a run: taken by one run at a time, and gone on with only by the same run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coma_ds.config import RunConfig, dump
+from coma_ds.metrics import flatten
+
+CONFIG = "config.yaml"
+FINISHED = ("model", "results.json", "neighbours.json")
+# What a run may change when it goes on: where things lie, what is watched, how memory is used.
+FREE = (
+    *("recipe", "output", "init_from", "deepspeed", "eval.", "checkpoint.", "logging.", "chunk."),
+    *("data.root", "data.path", "data.image_root", "data.workers", "model.path"),
+    *("model.attention", "model.arithmetic", "model.gradient_checkpointing"),
+)
+
+
+def claim(config: RunConfig, *, keep: bool) -> None:
+    """Take ``config.output`` for this process until it ends; only look at it without ``keep``.
+
+    Raises ``ValueError`` for a place that is no folder or cannot be written, a folder that another
+    process on this machine trains into, and a finished run that would be written over.
+    """
+    folder = Path(config.output)
+    try:
+        if not keep:
+            place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+            if not place.is_dir() or not os.access(place, os.W_OK):
+                raise PermissionError(f"{place} is no folder that can be written")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"output {config.output!r} cannot be used: {error}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"output {config.output!r}: another process trains into this folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    _refuse_finished(folder, config)
+
+
+def _refuse_finished(folder: Path, config: RunConfig) -> None:
+    resume = config.checkpoint.resume
+    if resume == "none" or not (folder / "model").exists():
+        return
+    if resume == "auto" and not any((folder / "checkpoints").glob("step-*")):
+        raise ValueError(
+            f"output {config.output!r} holds a finished run: give another output, or replace it "
+            "with checkpoint.resume=none"
+        )
+
+
+def start_over(folder: Path) -> None:
+    """Remove what an earlier run in this folder ended with: it would not fit the new config."""
+    for name in FINISHED:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def changed(config: RunConfig, checkpoint: Path) -> list[str]:
+    """What differs from the run that wrote ``checkpoint``, as ``key: old -> new``."""
+    file = checkpoint / CONFIG
+    if not file.is_file():
+        return []
+    before, now = (flatten(yaml.safe_load(text)) for text in (file.read_text(), dump(config)))
+
+    def show(values: dict[str, Any], key: str) -> str:
+        return str(values.get(key, "-"))
+
+    return [
+        f"{key}: {show(before, key)} -> {show(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE)
+    ]
+
+
+def check_same(config: RunConfig, checkpoint: Path, step: int) -> list[str]:
+    """What differs from the run that wrote ``checkpoint``, where the config takes that on itself.
+
+    Raises ``ValueError`` when anything that makes a difference has changed and the checkpoint was
+    not named by ``checkpoint.resume``, when the model has, or when there is no step left to take.
+    """
+    differences = changed(config, checkpoint)
+    of_model = [
+        line for line in differences if line.startswith(("model.", "objective", "optim.kind"))
+    ]
+    if of_model:
+        raise ValueError(
+            f"{checkpoint} is of another run ({'; '.join(of_model)}): give another output, or "
+            "start over with checkpoint.resume=none"
+        )
+    if step > config.optim.steps:
+        raise ValueError(
+            f"{checkpoint} is at step {step}, optim.steps is {config.optim.steps}: raise it, or "
+            "start over with checkpoint.resume=none"
+        )
+    if differences and config.checkpoint.resume == "auto":
+        raise ValueError(
+            f"{checkpoint} was made with another config ({'; '.join(differences[:6])}): give the "
+            f"same one, go on with this one by checkpoint.resume={checkpoint}, or start over with "
+            "checkpoint.resume=none"
+        )
+    return differences
