@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from coma_ds import comm
@@ -12,23 +13,33 @@ from coma_ds.config import RunConfig, dump
 from coma_ds.data.builtin.evaluation_sets import HALVES, TASKS
 from coma_ds.data.images import FilePicture, check_sample
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
-from coma_ds.data.records import Picture, RankingTask
+from coma_ds.data.processing import Processing
+from coma_ds.data.records import Dialogue, Pair, Picture, RankingTask
 
 log = logging.getLogger("coma_ds")
 
-# Of each source, evenly spread: rows whose images are looked for, of these decoded ones, and rows
-# that are made into batches, as in training.
-EVERY_RUN, DRY_RUN = (500, 8, 64), (20_000, 200, 256)
-COLLATED = 16  # at a time
+
+@dataclass(frozen=True)
+class Looks:
+    """Rows of each source, evenly spread, that are looked at before a run, and how closely."""
+
+    built: int  # read, their texts checked: about 50 microseconds each
+    found: int  # their images exist
+    decoded: int
+    collated: int  # made into batches, as in training
+
+
+EVERY_RUN, DRY_RUN = Looks(20_000, 500, 8, 64), Looks(10**7, 20_000, 200, 256)
+GENERATED = 2000  # of a built-in source: its rows are drawn, not read
+AT_A_TIME = 16
 SIDES = 200  # of each evaluation set
 
 
 def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
     """Look at the data and the evaluation sets before any step, on rank 0.
 
-    Every run: of each source 500 rows are built and their images found, 8 decoded, 64 made into
-    batches; what is evaluated is read, and some of its images found.  ``thorough``, a dry run:
-    20,000, 200 and 256, with a line on each source and set.
+    ``EVERY_RUN`` says how many rows of each source, ``DRY_RUN`` for a ``thorough`` look, which
+    also tells a line on each source.  What is evaluated is read, and some of its images found.
 
     Raises ``ValueError`` for the first bad row, image or set.
     """
@@ -38,21 +49,43 @@ def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
 def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
     if thorough:
         log.info("the config of this run:\n%s", dump(config).rstrip())
-    rows, opened, batched = DRY_RUN if thorough else EVERY_RUN
+    looks = DRY_RUN if thorough else EVERY_RUN
     for name, reader in data.sources.readers.items():
-        check_sample(reader, rows=rows, opened=opened)
-        count, longest = min(batched, len(reader)), 0
-        picks = [i * len(reader) // count for i in range(count)]
-        for start in range(0, count, COLLATED):
-            batch = data.collator([reader[row] for row in picks[start : start + COLLATED]])
+        built = min(len(reader), GENERATED if config.data.format == "builtin" else looks.built)
+        for row in _spread(built, len(reader)):
+            check_texts(reader[row], data.collator.processing)
+        check_sample(reader, rows=min(looks.found, built), opened=looks.decoded)
+        rows, longest = _spread(looks.collated, len(reader)), 0
+        for start in range(0, len(rows), AT_A_TIME):
+            batch = data.collator([reader[row] for row in rows[start : start + AT_A_TIME]])
             longest = max(longest, int(batch.sizes_B.max()))
         if thorough:
-            looked = min(rows, len(reader))
             words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
-            log.info(words, name, looked, len(reader), longest)
+            log.info(words, name, built, len(reader), longest)
     check_evaluation(config, thorough)
     if thorough:
         log.info("%s", arithmetic(config, data))
+
+
+def _spread(count: int, length: int) -> list[int]:
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
+def check_texts(record: Pair | Dialogue, processing: Processing) -> None:
+    """Raise ``ValueError``, naming the row, for a text that cannot be taken into a sample."""
+    if isinstance(record, Dialogue):
+        texts = [
+            record.instruction,
+            *(text for t in record.turns for text in (t.question, t.answer)),
+        ]
+    else:
+        texts = [side.text for side in (record.query, record.target, *record.negatives)]
+    for text in texts:
+        try:
+            processing.check_text(text)
+        except ValueError as error:
+            raise ValueError(f"{record.name}: {error}") from None
 
 
 def check_evaluation(config: RunConfig, thorough: bool) -> None:
@@ -93,8 +126,7 @@ def check_names(config: RunConfig) -> None:
 def check_task(task: RankingTask) -> None:
     """Look for the images of some queries and candidates; ``ValueError`` for a missing one."""
     for kind, sides in (("query", task.queries), ("candidate", task.pool)):
-        count = min(SIDES, len(sides))
-        for row in (i * len(sides) // count for i in range(count)):
+        for row in _spread(SIDES, len(sides)):
             for picture in sides[row].images:
                 _check_picture(picture, f"evaluation set {task.name}, {kind} {row}")
 

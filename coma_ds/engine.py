@@ -5,6 +5,7 @@ The only importer of deepspeed (with ``checkpoint``'s conversion of shards).
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import io
 import json
@@ -26,7 +27,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
+from pydantic import ValidationError
 
 from coma_ds.config import RunConfig
 from coma_ds.optim import learning_rate
@@ -149,9 +152,21 @@ def deepspeed_config(config: RunConfig) -> dict:
     """The complete DeepSpeed config of a run: the file's mechanics and the run's numbers.
 
     One forward at a time is one micro batch; accumulation is ours (boundaries), so 1 there.
+    Raises ``ValueError`` naming the file for what DeepSpeed does not accept.
     """
     tree = read_mechanics(config.deepspeed)
-    stage = tree.get("zero_optimization", {}).get("stage", 0)
+    zero = tree.setdefault("zero_optimization", {"stage": 0})
+    stage = zero.setdefault("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ValueError(
+            f"deepspeed file {config.deepspeed!r}: zero_optimization.stage must be 0, 1, 2 or 3, "
+            f"found {zero!r:.60}"
+        )
+    if '"auto"' in json.dumps(tree):
+        raise ValueError(
+            f"deepspeed file {config.deepspeed!r} holds 'auto', which transformers' Trainer fills "
+            "in: give the value, or leave the key out for DeepSpeed's default"
+        )
     tree |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -165,7 +180,16 @@ def deepspeed_config(config: RunConfig) -> dict:
         tree["bf16"] = {"enabled": True}
         if stage > 0:  # without ZeRO DeepSpeed has no fp32 accumulation for bf16 parameters
             tree["data_types"] = {"grad_accum_dtype": "fp32"}
-    tree.setdefault("zero_optimization", {"stage": stage})
+    try:
+        DeepSpeedConfig(copy.deepcopy(tree))
+    except Exception as error:  # of all kinds, by the section that is wrong
+        where = ""
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where, error = ".".join(map(str, first["loc"])) + ": ", first["msg"]
+        raise ValueError(
+            f"deepspeed file {config.deepspeed!r} is not what DeepSpeed accepts: {where}{error}"
+        ) from None
     return tree
 
 

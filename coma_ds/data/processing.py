@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,18 @@ class Processing:
             )
         return out["pixel_values"], grid
 
+    @cached_property
+    def reserved(self) -> list[str]:
+        """The tokens that no text may spell."""
+        return self.tokenizer.convert_ids_to_tokens([self.image_id, *self.compression_ids])
+
+    def check_text(self, text: str) -> None:
+        """Raise ``ValueError`` for a text that ``encode`` would refuse, without cutting it up."""
+        if "<|" in text:
+            for name in self.reserved:
+                if name in text:
+                    raise _taken(text, name)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, nothing added.
 
@@ -80,14 +93,17 @@ class Processing:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             taken = {self.image_id, *self.compression_ids}.intersection(ids)
             if taken:
-                name = self.tokenizer.convert_ids_to_tokens(min(taken))
-                raise ValueError(
-                    f"the text {text[:80]!r} contains {name!r}, which stands for an image or a "
-                    "compression token here: take it out of the data"
-                )
+                raise _taken(text, self.tokenizer.convert_ids_to_tokens(min(taken)))
             if len(text) <= REMEMBERED_LENGTH and len(self._remembered) < REMEMBERED_PIECES:
                 self._remembered[text] = ids
         return ids
+
+
+def _taken(text: str, name: str) -> ValueError:
+    return ValueError(
+        f"the text {text[:80]!r} contains {name!r}, which stands for an image or a compression "
+        "token here: take it out of the data"
+    )
 
 
 def read_config(source: str | Path) -> PretrainedConfig:

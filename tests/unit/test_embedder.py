@@ -196,7 +196,8 @@ def test_long_text_is_cut_as_in_training_and_that_is_said(tmp_path, caplog):
     want = trainer_vectors(model, processing, [Side(text)])
     embedder = Embedder(folder)
     assert np.array_equal(embedder.encode([text], batch_size=3), want)
-    assert caplog.messages[-1:] == ["1 of 1 inputs lost the end of their text: longer than 20 tokens"]
+    said = "1 of 1 inputs lost the end of their text: longer than 20 tokens"
+    assert caplog.messages[-1:] == [said]
 
 
 def test_no_inputs_give_no_vectors(finished):

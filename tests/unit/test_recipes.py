@@ -173,3 +173,20 @@ def test_a_broken_deepspeed_file_is_named(text, message, tmp_path) -> None:
 def test_an_unknown_mechanics_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"'zero4': expected a JSON file or one of .*zero3"):
         read_mechanics("zero4")
+
+
+@pytest.mark.parametrize(
+    ("zero", "says"),
+    [
+        ({"stage": 7}, "zero_optimization.stage must be 0, 1, 2 or 3, found {'stage': 7}"),
+        (3, "zero_optimization.stage must be 0, 1, 2 or 3, found 3"),
+        ({"stage": 2, "overlap_com": True}, "DeepSpeed accepts: overlap_com: Extra inputs are not"),
+        ({"stage": 2, "reduce_bucket_size": "auto"}, "holds 'auto', which transformers' Trainer"),
+    ],
+)
+def test_mechanics_that_deepspeed_refuses_name_the_file(zero, says, tmp_path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(ValueError) as caught:
+        deepspeed_config(load_config(None, [f"deepspeed={json.dumps(str(file))}"]))
+    assert f"deepspeed file {str(file)!r}" in str(caught.value) and says in str(caught.value)
