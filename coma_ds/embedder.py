@@ -51,7 +51,7 @@ class Embedder:
         device: str | torch.device | None = None,
         precision: str | None = None,
     ) -> None:
-        source = resolve_model(os.fspath(model))
+        source = resolve_model(os.fspath(model), "model")
         extras = read_extras(source)
         missing = [key for key in NEEDED if key not in extras]
         if missing:

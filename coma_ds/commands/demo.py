@@ -24,7 +24,7 @@ import torch
 import yaml
 
 import coma_ds
-from coma_ds.commands.demo_findings import MARK, collect, terminal_table
+from coma_ds.commands.demo_findings import MARK, MEASURED, collect, terminal_table
 from coma_ds.commands.demo_report import write_report
 
 RANKS = 2
@@ -32,6 +32,8 @@ QUESTIONS = 200  # of each kind, for the bottleneck table and for the base
 STEP_LINE = re.compile(r"^step (\d+)/(\d+) +(.*)")
 SET_LINE = re.compile(r"^(\w+/\w+): P@1 ")
 NOISE = re.compile(r"^\s*$|^\[\d{4}-\d\d-\d\d |^\[rank\d|^W\d{4} ")
+# Of the base before any training, which needs no more than where the curves start.
+START_SETS = f"eval.sets=[{MEASURED},name_t2i/unseen,i2i/seen,i2i/unseen]"
 EVALUATED = "eval.sets=[group_cls/unseen,vqa_yesno/unseen,name_t2i/seen,name_t2i/unseen,i2i/unseen,"
 
 
@@ -87,7 +89,7 @@ def plan(length: str, folder: Path, weights: str) -> list[Phase]:
             "untrained",
             "demo-control",
             "the base retrieves, before any training",
-            (*start, *form.both, *form.match, *untouched),
+            (*start, *form.both, *form.match, *untouched, START_SETS),
         ),
         Phase(
             "compress",

@@ -93,7 +93,9 @@ def collect(folder: Path) -> Findings:
     chances = {name: values | {"p@1": values["chance"]} for name, values in sets["match"].items()}
     columns = [MEASURED, HELD_OUT, *COLUMNS]
     headline = {"chance": _row(chances, columns)}
-    headline |= {TITLES[arm]: _row(sets[arm], columns) for arm in TITLES}
+    # Means over other sets could not be compared.
+    groups = {arm: columns if sets[arm].keys() == sets["match"].keys() else () for arm in TITLES}
+    headline |= {TITLES[arm]: _row(sets[arm], columns, groups[arm]) for arm in TITLES}
     lines = {name: _metrics(folder / name) for name in results}
     precision = {
         arm: _curve(lines[arm], "eval", MEASURED, before.get(arm, 0.0))
@@ -166,9 +168,9 @@ def _metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def _row(sets: dict[str, dict], columns) -> list[float | None]:
-    groups = group_means(sets)
-    return [sets[c]["p@1"] if c in sets else groups.get(c) for c in columns]
+def _row(sets: dict[str, dict], columns, groups=COLUMNS) -> list[float | None]:
+    means = {name: mean for name, mean in group_means(sets).items() if name in groups}
+    return [sets[c]["p@1"] if c in sets else means.get(c) for c in columns]
 
 
 def _curve(lines: list[dict], group: str, name: str, before: float) -> Curve:

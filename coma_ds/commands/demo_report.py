@@ -223,7 +223,7 @@ def _sets(findings: Findings) -> str:
     header = ["set", "task", "domain", "candidates", "chance", *(TITLES[arm] for arm in arms)]
     rows = []
     for name, values in findings.sets["match"].items():
-        figures = [percent(findings.sets[arm][name]["p@1"]) for arm in arms]
+        figures = [percent(findings.sets[arm].get(name, {}).get("p@1")) for arm in arms]
         head = [name, values["group"], values["domain"], f"{values['candidates']:.4g}"]
         rows.append([*head, percent(values["chance"]), *figures])
     return _table(header, rows)

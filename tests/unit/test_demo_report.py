@@ -148,6 +148,17 @@ def test_the_headline_has_every_arm_and_chance(demo_folder):
     ours = dict(zip(columns, findings.headline["compress + match"]))
     assert ours["name_t2i/seen"] == 0.55 and ours["Cls"] is None
     assert ours["All"] == pytest.approx((0.55 + 0.275 + 0.11) / 3)
+
+
+def test_means_over_other_sets_are_not_shown(demo_folder):
+    file = demo_folder / "untrained" / "results.json"
+    results = json.loads(file.read_text())
+    del results["sets"]["i2i/seen"]
+    file.write_text(json.dumps(results))
+    findings = collect(demo_folder)
+    row = dict(zip(findings.columns, findings.headline["untrained base"]))
+    assert row["name_t2i/seen"] == 0.1 and row["All"] is None and row["Ret"] is None
+    write_report(findings, demo_folder)
     assert findings.headline["chance"][0] == 1 / COUNT
     assert findings.parameters == 700_007 and findings.tokens == 8
     assert findings.pixels["raw pixels"] == [0.321, None]
@@ -287,8 +298,9 @@ def test_every_phase_is_a_config_and_the_arms_differ_in_stage_one_alone(length, 
         return tree
 
     assert less(configs["match"]) == less(configs["control"])
-    steps = ("optim", "steps")
-    assert less(configs["untrained"], steps) == less(configs["control"], steps)
+    apart = (("optim", "steps"), ("eval", "sets"))
+    assert less(configs["untrained"], *apart) == less(configs["control"], *apart)
+    assert demo.MEASURED in configs["untrained"].eval.sets
     asked = {configs[n].eval.bottleneck_questions for n in ("base", "compress")}
     assert len(asked) == 1
 

@@ -266,7 +266,7 @@ def test_models_that_cannot_embed(tmp_path):
     export(model, processing, tmp_path / "bare")
     with pytest.raises(ValueError, match=r"the model has no compression tokens, so no embeddings"):
         Embedder(tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"model.path .*nowhere': no such folder"):
+    with pytest.raises(ValueError, match=r"model .*nowhere': no such folder"):
         Embedder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no config.json"):
         Embedder(tmp_path)
