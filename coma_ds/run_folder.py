@@ -21,6 +21,7 @@ FREE = (
     *("data.root", "data.path", "data.image_root", "data.workers", "model.path"),
     *("model.attention", "model.arithmetic", "model.gradient_checkpointing"),
 )
+_held: dict[str, int] = {}  # locks of this process, which may run one after the other in a folder
 
 
 def claim(config: RunConfig, *, keep: bool) -> None:
@@ -37,7 +38,10 @@ def claim(config: RunConfig, *, keep: bool) -> None:
                 raise PermissionError(f"{place} is no folder that can be written")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        key = os.path.realpath(folder)
+        if key in _held:
+            os.close(_held.pop(key))
+        _held[key] = lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ValueError(f"output {config.output!r} cannot be used: {error}") from None
     try:

@@ -27,18 +27,27 @@ def shard(folder: Path, step: int) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
-    return {name: root / name for name in ("whole", "cut", "none")}
+    return {name: root / name for name in ("whole", "cut", "none", "purpose")}
 
 
 @pytest.fixture(scope="module")
 def runs(folders) -> dict[str, dict]:
     """The runs by name, one world in which they follow each other."""
     cut = {"output": str(folders["cut"]), "arguments": RUN}
+    none = {"output": str(folders["none"]), "arguments": ["optim.steps=2", "deepspeed=zero0"]}
+    whole = shard(folders["whole"], 4).parent
     wanted = {
         "whole": {"output": str(folders["whole"]), "arguments": RUN},
         "interrupted": {**cut, "stop_after": 5},
         "resumed": cut,
         "again": cut,
+        "another rate": {**cut, "arguments": [*RUN, "optim.lr=7e-4"]},
+        "fewer steps": {**cut, "arguments": [*RUN, "optim.steps=3"]},
+        "another adapter": {**cut, "arguments": [*RUN, "model.adapter=dora"]},
+        "another rate on purpose": {
+            "output": str(folders["purpose"]),
+            "arguments": [*RUN, "optim.lr=7e-4", f"checkpoint.resume={whole}"],
+        },
         "after damage": {**cut, "cut": [str(shard(folders["cut"], 6))]},
         "once more": cut,
         "asked for a broken one": {
@@ -47,14 +56,10 @@ def runs(folders) -> dict[str, dict]:
             "cut": [str(shard(folders["cut"], 2))],
         },
         "all broken": {**cut, "cut": [str(shard(folders["cut"], step)) for step in (4, 6)]},
-        "without checkpoints": {
-            "output": str(folders["none"]),
-            "arguments": ["optim.steps=1", "deepspeed=zero0"],
-        },
-        "started over": {
-            "output": str(folders["none"]),
-            "arguments": ["optim.steps=1", "deepspeed=zero0"],
-        },
+        "without checkpoints": {**none, "stop_after": 1},
+        "started over": none,
+        "finished": none,
+        "replaced": {**none, "arguments": [*none["arguments"], "checkpoint.resume=none"]},
     }
     found = run_world(2, TARGET, limit=240, runs=list(wanted.values()))[0]
     return dict(zip(wanted, found))
@@ -114,6 +119,28 @@ def test_a_run_never_starts_over_silently(runs):
     assert losses(runs["all broken"]) == losses(runs["whole"])  # the record stands
     assert any("no checkpoint to go on from" in line for line in runs["started over"]["said"])
     assert not any("no checkpoint" in line for line in runs["without checkpoints"]["said"])
+
+
+def error_of(run: dict) -> str:
+    (error,) = [line for line in run["said"] if line.startswith("error")]
+    return error
+
+
+def test_a_run_goes_on_with_its_own_config_only(runs, folders):
+    whole = shard(folders["whole"], 4).parent
+    assert "made with another config (optim.lr: " in error_of(runs["another rate"])
+    assert "-> 0.0007): give the same one, go on with" in error_of(runs["another rate"])
+    assert "is at step 6, optim.steps is 3" in error_of(runs["fewer steps"])
+    assert "is of another run (model.adapter: lora -> dora)" in error_of(runs["another adapter"])
+    purpose = runs["another rate on purpose"]["said"]
+    assert any("changed since the checkpoint: optim.lr: " in line for line in purpose)
+    assert any(f"resumed {whole}: step 4 of 6" in line for line in purpose)
+
+
+def test_a_finished_run_is_replaced_on_purpose_only(runs):
+    assert "holds a finished run: give another output" in error_of(runs["finished"])
+    assert not any(line.startswith("error") for line in runs["replaced"]["said"])
+    assert [step for step, *_ in losses(runs["replaced"])] == [1, 2]
 
 
 def test_another_number_of_ranks_is_a_clear_error(runs, folders):
