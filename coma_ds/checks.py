@@ -11,10 +11,12 @@ from coma_ds.assemble import TrainingData
 from coma_ds.assessment import bottleneck_questions, load_tasks
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.builtin.evaluation_sets import HALVES, TASKS
+from coma_ds.data.collate import Collator, named
 from coma_ds.data.images import FilePicture, check_sample
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
 from coma_ds.data.processing import Processing
-from coma_ds.data.records import Dialogue, Pair, Picture, RankingTask
+from coma_ds.data.records import Dialogue, Pair, RankingTask
+from coma_ds.inference import swap_images
 
 log = logging.getLogger("coma_ds")
 
@@ -32,7 +34,7 @@ class Looks:
 EVERY_RUN, DRY_RUN = Looks(20_000, 500, 8, 64), Looks(10**7, 20_000, 200, 256)
 GENERATED = 2000  # of a built-in source: its rows are drawn, not read
 AT_A_TIME = 16
-SIDES = 200  # of each evaluation set
+SIDES, SIDES_COLLATED = 200, 8  # queries, and candidates, of each evaluation set
 
 
 def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
@@ -62,7 +64,7 @@ def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
         if thorough:
             words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
             log.info(words, name, built, len(reader), longest)
-    check_evaluation(config, thorough)
+    check_evaluation(config, data.collator, thorough)
     if thorough:
         log.info("%s", arithmetic(config, data))
 
@@ -82,25 +84,29 @@ def check_texts(record: Pair | Dialogue, processing: Processing) -> None:
     else:
         texts = [side.text for side in (record.query, record.target, *record.negatives)]
     for text in texts:
-        try:
+        with named(record.name):
             processing.check_text(text)
-        except ValueError as error:
-            raise ValueError(f"{record.name}: {error}") from None
 
 
-def check_evaluation(config: RunConfig, thorough: bool) -> None:
+def check_evaluation(config: RunConfig, collator: Collator, thorough: bool) -> None:
     """Read what the run evaluates: its sets, or its questions; ``ValueError`` for what is wrong."""
     if not (config.eval.at_end or config.eval.every):
         return
     if config.objective == "compress":
-        for dialogue in bottleneck_questions(config) if config.eval.path else ():
-            for picture in dialogue.images:
-                _check_picture(picture, dialogue.name)
+        if config.eval.path:
+            questions = bottleneck_questions(config)
+            for start in range(0, len(questions), AT_A_TIME):
+                collator.dialogues(questions[start : start + AT_A_TIME], prompt_only=True)
+            swap_images(questions)
         return
     check_names(config)
     if config.eval.root:
-        for task in load_tasks(config, Path(config.output)):
-            check_task(task)
+        tasks = load_tasks(config, Path(config.output))
+        further = {*config.eval.along} - {task.name for task in tasks}
+        if further:
+            tasks += load_tasks(config, Path(config.output), sorted(further))
+        for task in tasks:
+            check_task(task, collator)
             if thorough:
                 log.info("evaluation set %s: %d queries", task.name, len(task.queries))
 
@@ -123,20 +129,18 @@ def check_names(config: RunConfig) -> None:
                 )
 
 
-def check_task(task: RankingTask) -> None:
-    """Look for the images of some queries and candidates; ``ValueError`` for a missing one."""
+def check_task(task: RankingTask, collator: Collator) -> None:
+    """Look at some queries and candidates: their texts, their images, and a few as in use."""
     for kind, sides in (("query", task.queries), ("candidate", task.pool)):
         for row in _spread(SIDES, len(sides)):
-            for picture in sides[row].images:
-                _check_picture(picture, f"evaluation set {task.name}, {kind} {row}")
-
-
-def _check_picture(picture: Picture, where: str) -> None:
-    if isinstance(picture, FilePicture):
-        try:
-            picture.check_exists()
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            with named(f"evaluation set {task.name}, {kind} {row}"):
+                collator.processing.check_text(sides[row].text)
+                for picture in sides[row].images:
+                    if isinstance(picture, FilePicture):
+                        picture.check_exists()
+        for row in _spread(SIDES_COLLATED, len(sides)):
+            with named(f"evaluation set {task.name}, {kind} {row}"):
+                collator.sides([sides[row]])
 
 
 def arithmetic(config: RunConfig, data: TrainingData) -> str:

@@ -29,7 +29,6 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
-from pydantic import ValidationError
 
 from coma_ds.config import RunConfig
 from coma_ds.optim import learning_rate
@@ -184,7 +183,7 @@ def deepspeed_config(config: RunConfig) -> dict:
         DeepSpeedConfig(copy.deepcopy(tree))
     except Exception as error:  # of all kinds, by the section that is wrong
         where = ""
-        if isinstance(error, ValidationError):
+        if hasattr(error, "errors"):  # pydantic's
             first = error.errors()[0]
             where, error = ".".join(map(str, first["loc"])) + ": ", first["msg"]
         raise ValueError(

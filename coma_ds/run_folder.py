@@ -6,7 +6,6 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -56,10 +55,8 @@ def claim(config: RunConfig, *, keep: bool) -> None:
 
 
 def _refuse_finished(folder: Path, config: RunConfig) -> None:
-    resume = config.checkpoint.resume
-    if resume == "none" or not (folder / "model").exists():
-        return
-    if resume == "auto" and not any((folder / "checkpoints").glob("step-*")):
+    finished, goes_on = (folder / "model").exists(), any((folder / "checkpoints").glob("step-*"))
+    if config.checkpoint.resume == "auto" and finished and not goes_on:
         raise ValueError(
             f"output {config.output!r} holds a finished run: give another output, or replace it "
             "with checkpoint.resume=none"
@@ -80,13 +77,12 @@ def changed(config: RunConfig, checkpoint: Path) -> list[str]:
         return []
     before, now = (flatten(yaml.safe_load(text)) for text in (file.read_text(), dump(config)))
 
-    def show(values: dict[str, Any], key: str) -> str:
-        return str(values.get(key, "-"))
-
     return [
-        f"{key}: {show(before, key)} -> {show(now, key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE)
+        f"{key}: {before[key]} -> {now[key]}"
+        for key in sorted(
+            before.keys() & now.keys()
+        )  # a key that only one version knows is no change
+        if before[key] != now[key] and not key.startswith(FREE)
     ]
 
 

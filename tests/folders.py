@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
@@ -56,8 +59,10 @@ def base_folder(
     return folder
 
 
-def load(folder: Path, *, precision: str = "fp32", **model) -> tuple[CompressionModel, Processing]:
-    """A model as a run builds it, whole; ``model`` are keys of ``ModelConfig``.
+def load(
+    folder: Path, *, precision: str = "fp32", matching: bool = True, **model
+) -> tuple[CompressionModel, Processing]:
+    """A model as a run of stage 2 (or 1) builds it, whole; ``model`` are keys of ``ModelConfig``.
 
     Adapters, tokens and query are moved off the values that they start from.
     """
@@ -69,7 +74,7 @@ def load(folder: Path, *, precision: str = "fp32", **model) -> tuple[Compression
     built = build_model(
         config,
         MatchConfig(),
-        matching=True,
+        matching=matching,
         source=str(folder),
         first_id=ids[0] if ids else 0,
         extras=processing.extras,
@@ -128,3 +133,27 @@ def png(seed: int) -> bytes:
     stored = io.BytesIO()
     Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(stored, "PNG")
     return stored.getvalue()
+
+
+def mmeb_folder(root: Path) -> None:
+    """Two sets in MMEB-eval's format, of 9 and 5 queries."""
+    (root / "images").mkdir(parents=True)
+    for i in range(9):
+        (root / "images" / f"{i}.png").write_bytes(png(i))
+    index = []
+    for name, group, rows in (("find", "Ret", 9), ("say", "Cls", 5)):
+        numbers = [[(i + k) % 9 for k in range(6)] for i in range(rows)]
+        texts = [[f"thing number {k}" for k in row] for row in numbers]
+        paths = [[f"{k}.png" for k in row] for row in numbers]
+        to_image = name == "find"
+        blank = [[""] * 6] * rows
+        columns = {
+            "qry_text": [f"thing number {i}" if to_image else "say:" for i in range(rows)],
+            "qry_img_path": ["" if to_image else f"{i}.png" for i in range(rows)],
+            "tgt_text": blank if to_image else texts,
+            "tgt_img_path": paths if to_image else blank,
+        }
+        (root / name).mkdir()
+        pq.write_table(pa.table(columns), root / name / "test-00000-of-00001.parquet")
+        index.append({"name": name, "group": group, "domain": "IND"})
+    (root / "sets.json").write_text(json.dumps(index))

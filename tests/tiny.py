@@ -206,3 +206,22 @@ def demo_model(processing: Processing, *, carrier: str = "split", **model) -> Co
     tokens = CompressionTokens(len(ids), backbone.width, ids[0])
     tokens.initialise(lm.get_input_embeddings().weight)
     return CompressionModel(backbone, tokens, Pooling("mean", backbone.width), **model).double()
+
+
+class PlainEngine:
+    """What ``step`` needs of an engine, without DeepSpeed."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model) -> None:
+        self.model = model
+        self.lasts: list[bool] = []
+
+    def __call__(self, call):
+        return call(self.model)
+
+    def forward_backward(self, call, *, last: bool):
+        self.lasts.append(last)
+        loss, result = call(self.model)
+        loss.backward()
+        return result

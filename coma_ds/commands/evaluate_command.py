@@ -74,7 +74,9 @@ def execute(args: argparse.Namespace) -> int:
     if comm.rank() == 0:
         file = Path(args.output) if args.output else folder / "results.json"
         before = json.loads(file.read_text()) if file.is_file() else {}
-        if args.sets and "sets" in before:  # the others stay, and the means are those of all
+        if (
+            args.sets and not args.root and "sets" in before
+        ):  # the others stay, and the means are those of all
             results["sets"] = before["sets"] | results["sets"]
             results["groups"] = group_means(results["sets"])
         write_results(file, before | results)

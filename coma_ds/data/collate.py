@@ -38,7 +38,7 @@ class Sample:
 
 
 @contextmanager
-def _row(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Errors inside begin with the name of the row."""
     try:
         yield
@@ -93,18 +93,18 @@ class Collator:
 
     def pairs(self, pairs: Sequence[Pair]) -> Batch:
         """Queries, then targets, then all negatives, as samples without a dialogue."""
-        named = [(p.query, p.name) for p in pairs] + [(p.target, p.name) for p in pairs]
-        named += [(side, p.name) for p in pairs for side in p.negatives]
-        return self._sides(named, len(pairs))
+        rows = [(p.query, p.name) for p in pairs] + [(p.target, p.name) for p in pairs]
+        rows += [(side, p.name) for p in pairs for side in p.negatives]
+        return self._sides(rows, len(pairs))
 
     def sides(self, sides: Sequence[Side]) -> Batch:
         """Any sides as samples that end with the K tokens."""
         return self._sides([(side, "") for side in sides], 0)
 
-    def _sides(self, named: Sequence[tuple[Side, str]], pairs: int) -> Batch:
+    def _sides(self, rows: Sequence[tuple[Side, str]], pairs: int) -> Batch:
         samples, pixels = [], []
-        for side, name in named:
-            with _row(name):
+        for side, name in rows:
+            with named(name):
                 samples.append(self._side(side, pixels))
         return self._pack(samples, pixels, pairs)
 
@@ -116,7 +116,7 @@ class Collator:
         """
         samples, pixels = [], []
         for dialogue in dialogues:
-            with _row(dialogue.name):
+            with named(dialogue.name):
                 samples.append(self._dialogue(dialogue, pixels, prompt_only))
         return self._pack(samples, pixels, 0)
 

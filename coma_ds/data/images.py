@@ -234,6 +234,8 @@ def check_sample(reader: Sequence[Pair | Dialogue], rows: int | None = 64, opene
                 elif isinstance(picture, FilePicture):
                     picture.check_exists()
             except ValueError as error:
+                if sample.name in str(error):
+                    raise
                 raise ValueError(f"{sample.name}: {error}") from None
 
 

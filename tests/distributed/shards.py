@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from coma_ds import comm, engine
 from coma_ds.config import MatchConfig, ModelConfig, RunConfig
 from coma_ds.data.processing import load_processing
 from coma_ds.model.loading import build_model
 from tests.folders import whole
+
+
+@contextmanager
+def transformers_says(said: list[str]) -> Iterator[None]:
+    """Collect what transformers logs, warnings included, whatever the environment asks for."""
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log, before = logging.getLogger("transformers"), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    log.addHandler(handler)
+    try:
+        yield
+        assert transformers_logging.get_verbosity() == logging.WARNING  # for what comes after
+    finally:
+        log.removeHandler(handler)
+        transformers_logging.set_verbosity(before)
 
 
 def digests(model, gather) -> dict[str, list]:
@@ -48,9 +68,12 @@ def build(folder: str, precision: str, sharded: bool, **model):
     )
 
 
-def load_sharded(folders: dict[str, str], broken: str) -> dict:
-    """Digests of each folder's model, what a rank holds of it, and the error of a broken one."""
-    report: dict = {"models": {}}
+def load_sharded(folders: dict[str, str], broken: dict[str, str]) -> dict:
+    """Digests of each folder's model, what a rank holds of it, and the errors of broken ones.
+
+    ``said`` is what transformers logged while it read the broken ones.
+    """
+    report: dict = {"models": {}, "errors": {}, "said": []}
     for case, folder in folders.items():
         precision, adapter = case.split()
         model = build(folder, precision, True, adapter=adapter)
@@ -60,10 +83,12 @@ def load_sharded(folders: dict[str, str], broken: str) -> dict:
             "held": sum(p.numel() for p in lm),
             "digests": digests(model, engine.full_parameters),
         }
-    try:
-        build(broken, "fp32", True)
-    except ValueError as error:
-        report["error"] = str(error)
+    with transformers_says(report["said"]):
+        for case, folder in broken.items():
+            try:
+                build(folder, "fp32", True)
+            except ValueError as error:
+                report["errors"][case] = str(error)
     # the next model of this process is an ordinary one again
     plain = build(next(iter(folders.values())), "fp32", False)
     report["plain"] = not any(hasattr(p, "ds_id") for p in plain.parameters())

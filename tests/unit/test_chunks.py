@@ -13,7 +13,7 @@ from coma_ds.batch import Batch
 from coma_ds.config import ChunkConfig, CompressConfig
 from coma_ds.objectives.compress import Compress
 from coma_ds.step import TOWER, accumulate, plan_chunks, seed_chunk
-from tests.tiny import make_batch, tiny_model
+from tests.tiny import PlainEngine, make_batch, tiny_model
 
 LENGTHS = st.lists(
     st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=20
@@ -109,25 +109,6 @@ def test_a_state_replays_and_no_two_are_alike() -> None:
     own = torch.rand(2)
     seed_chunk(3, 2, 1, 0)  # in a world of one the rank is 0
     assert torch.equal(own, torch.rand(2))
-
-
-class PlainEngine:
-    """What ``step`` needs of an engine, without DeepSpeed."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, model) -> None:
-        self.model = model
-        self.lasts: list[bool] = []
-
-    def __call__(self, call):
-        return call(self.model)
-
-    def forward_backward(self, call, *, last: bool):
-        self.lasts.append(last)
-        loss, result = call(self.model)
-        loss.backward()
-        return result
 
 
 SAMPLES = [

@@ -210,3 +210,74 @@ def test_a_tokenizer_without_turns_is_refused(tmp_path) -> None:
     file.write_text(file.read_text().replace("<|im_start|>", "<|begin|>"))
     with pytest.raises(ValueError, match=r"has no <\|im_start\|> and <\|im_end\|>"):
         load_processing(tmp_path, compression_tokens=8)
+
+
+FINE = Side("fine")
+TWICE = Side("<|image_1|><|image_2|>", (RED, BLUE))
+
+
+class Broken(Flat):
+    """A picture that cannot be opened, and says so by its name."""
+
+    def open(self):
+        raise ValueError(f"image {self.name} is truncated")
+
+
+SPELLED = Side("say <|image_pad|>")
+BROKEN = Side("<|image_1|>", (Broken("b.png"),))
+ROW = "rows.jsonl line 7"
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (Pair(SPELLED, FINE, (), ROW), "the text 'say <|image_pad|>' contains"),
+        (Pair(FINE, SPELLED, (), ROW), "the text 'say <|image_pad|>' contains"),
+        (Pair(FINE, FINE, (FINE, SPELLED), ROW), "the text 'say <|image_pad|>' contains"),
+        (Pair(FINE, BROKEN, (), ROW), "image b.png is truncated"),
+        (Pair(Side(""), FINE, (), ROW), "a side is empty"),
+        (Pair(FINE, TWICE, (), ROW), "red, blue: the images alone take 36 tokens"),
+        (Dialogue((RED,), (Turn("q", "<|compress_1|>"),), "", ROW), "the text '<|compress_1|>' "),
+        (Dialogue((Broken("b.png"),), (Turn("q", "a"),), "", ROW), "image b.png is truncated"),
+        (Dialogue((RED, BLUE), (Turn("q", "a"),), "", ROW), "its images and first turn take "),
+    ],
+)
+def test_an_error_begins_with_its_row_and_names_it_once(record, said) -> None:
+    collator = Collator(demo_processing(max_length=40))
+    good = Dialogue((), (Turn("q", "a"),), "", "rows.jsonl line 6")
+    if isinstance(record, Pair):
+        good = Pair(FINE, FINE, (), "rows.jsonl line 6")
+    with pytest.raises(ValueError) as caught:
+        collator([good, record])
+    assert str(caught.value).startswith(f"{ROW}: {said}")
+    assert str(caught.value).count("rows.jsonl") == 1
+
+
+def test_a_prompt_that_does_not_fit_names_its_row_once() -> None:
+    collator = Collator(demo_processing(max_length=40))
+    turns = (Turn("q", "a"), Turn("q " * 30, "a"))
+    with pytest.raises(ValueError) as caught:
+        collator.dialogues([Dialogue((RED,), turns, "", ROW)], prompt_only=True)
+    assert str(caught.value).startswith(f"{ROW}: its images and all its turns take ")
+    assert str(caught.value).count(ROW) == 1
+
+
+def test_a_picture_stored_in_its_row_names_the_row_once(collator) -> None:
+    picture = Broken(f"{ROW}, target_image")
+    with pytest.raises(ValueError) as caught:
+        collator([Pair(FINE, Side("<|image_1|>", (picture,)), (), ROW)])
+    assert str(caught.value) == f"image {ROW}, target_image is truncated"
+
+
+def test_parts_of_a_batch_do_not_count_its_truncated_samples_again() -> None:
+    long = "one two three four five six seven " * 9
+    collator = Collator(demo_processing(max_length=40))
+    pairs = collator([Pair(Side(long), FINE), Pair(FINE, Side(long), (Side(long),))])
+    turns = (Turn("q", "a"), Turn(long, "a"))
+    dialogues = collator([Dialogue((), turns), Dialogue((), turns[:1])])
+    assert (pairs.truncated, dialogues.truncated) == (3, 1)
+    for batch in (pairs, dialogues):
+        assert batch.to("cpu").truncated == batch.truncated
+        for with_images in (False, True):
+            parts = batch.split([torch.tensor([0]), torch.tensor([1])], with_images=with_images)
+            assert [part.truncated for part in parts] == [0, 0]

@@ -9,20 +9,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
 from coma_ds.assessment import evaluate_ranking, format_pixels
-from coma_ds.commands import config_command
+from coma_ds.commands import config_command, evaluate_command
 from coma_ds.commands.main import COMMANDS, parse, run
-from coma_ds.config import RunConfig, load_config, recipe_names
+from coma_ds.config import RunConfig, dump, load_config, recipe_names
 from coma_ds.data.records import RankingTask, Side
-from coma_ds.evaluation import GROUPS
+from coma_ds.evaluation import GROUPS, group_means
 from tests.distributed.harness import run_world
-from tests.folders import base_folder, load, png
+from tests.folders import base_folder, load, mmeb_folder
 from tests.tiny import Flat
 
 
@@ -130,30 +128,6 @@ class TestConfig:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: override: unknown key")
         assert "Traceback" not in done.stderr
-
-
-def mmeb_folder(root: Path) -> None:
-    """Two sets in MMEB-eval's format, of 9 and 5 queries."""
-    (root / "images").mkdir(parents=True)
-    for i in range(9):
-        (root / "images" / f"{i}.png").write_bytes(png(i))
-    index = []
-    for name, group, rows in (("find", "Ret", 9), ("say", "Cls", 5)):
-        numbers = [[(i + k) % 9 for k in range(6)] for i in range(rows)]
-        texts = [[f"thing number {k}" for k in row] for row in numbers]
-        paths = [[f"{k}.png" for k in row] for row in numbers]
-        to_image = name == "find"
-        blank = [[""] * 6] * rows
-        columns = {
-            "qry_text": [f"thing number {i}" if to_image else "say:" for i in range(rows)],
-            "qry_img_path": ["" if to_image else f"{i}.png" for i in range(rows)],
-            "tgt_text": blank if to_image else texts,
-            "tgt_img_path": paths if to_image else blank,
-        }
-        (root / name).mkdir()
-        pq.write_table(pa.table(columns), root / name / "test-00000-of-00001.parquet")
-        index.append({"name": name, "group": group, "domain": "IND"})
-    (root / "sets.json").write_text(json.dumps(index))
 
 
 RUN_JOBS = "tests.distributed.jobs:run_jobs"
@@ -304,6 +278,40 @@ class TestEvaluate:
         results = json.loads((tmp_path / "results.json").read_text())
         assert results["step"] == 2 and set(results["sets"]) == {"find", "say"}
         assert "Loading" not in done.stderr
+
+    @pytest.mark.parametrize(
+        ("argv", "sets", "groups"),
+        [
+            (["--sets", "c"], {"a": 0.5, "b": 0.25, "c": 1.0},
+             {"Cls": 0.5, "Ret": 0.625, "IND": 0.5, "OOD": 0.625, "All": 1.75 / 3}),
+            ([], {"c": 1.0}, {"Ret": 1.0, "OOD": 1.0, "All": 1.0}),
+        ],
+    )  # fmt: skip
+    def test_some_sets_stand_beside_the_others(self, tmp_path, monkeypatch, argv, sets, groups):
+        """And the means are those of all; without ``--sets`` the table is a new one."""
+        rows = {"a": ("Cls", "IND", 0.5), "b": ("Ret", "OOD", 0.25), "c": ("Ret", "OOD", 0.0)}
+        keys = ("group", "domain", "p@1")
+        before = {"step": 3, "sets": {n: dict(zip(keys, row)) for n, row in rows.items()}}
+        (tmp_path / "results.json").write_text(json.dumps(before | {"groups": {"All": 0.25}}))
+        (tmp_path / "config.yaml").write_text(dump(load_config("demo-match")))
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("{}")
+        asked = []
+
+        def ranking(folder, config, names, device):
+            asked.append(names)
+            found = {"c": {"group": "Ret", "domain": "OOD", "p@1": 1.0}}
+            return {"sets": found, "groups": group_means(found)}, "table"
+
+        monkeypatch.setattr(evaluate_command, "_ranking", ranking)
+        monkeypatch.setattr("coma_ds.engine.start", lambda: "cpu")
+        monkeypatch.setattr("coma_ds.run.log_to_stderr", lambda main: None)
+        assert run(["evaluate", str(tmp_path), *argv]) == 0
+        assert asked == [argv[1:]]
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["step"] == 3
+        assert {name: row["p@1"] for name, row in results["sets"].items()} == sets
+        assert results["groups"] == pytest.approx(groups)
 
     def test_errors(self, runs, tmp_path, capsys):
         assert run(["evaluate", str(tmp_path)]) == 2

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from coma_ds.assessment import evaluate_bottleneck, format_bottleneck
 from coma_ds.batch import IGNORE
+from coma_ds.config import RunConfig
 from coma_ds.data.collate import Collator
 from coma_ds.data.records import Dialogue, Side, Turn
 from coma_ds.inference import append, encode_sides, greedy_answers, swap_images
@@ -224,3 +226,56 @@ def test_swapped_images_are_always_others() -> None:
 def test_one_picture_alone_cannot_be_swapped() -> None:
     with pytest.raises(ValueError, match="all dialogues have the same images"):
         swap_images([ask("a"), ask("b"), ask("c", picture=Flat("other name"))])
+
+
+QUESTIONS = [
+    Dialogue((RED,), (Turn("Old?", "no", "old"), Turn("Colour?", "red", "colour"))),
+    Dialogue((BLUE,), (Turn("Colour?", "Blue", "colour"),)),
+    Dialogue((GREEN,), (Turn("How many?", "2", "count"),)),
+]
+ANSWERS = {
+    ("bottleneck", False): [" RED ", "red", "2"],
+    ("causal", False): ["red", "blue", "2"],
+    ("bottleneck", True): ["blue", "green", "3"],
+}
+
+
+class TestBottleneckTable:
+    """How often the last answer is right, asked in three ways."""
+
+    def asked(self, monkeypatch, **model) -> tuple[dict, list[tuple]]:
+        calls = []
+
+        def spy(engine, collator, questions, visibility, *, blind, **how):
+            assert (engine, collator, questions) == ("engine", "collator", QUESTIONS)
+            assert how == {"batch_size": 7, "device": "cpu", "workers": 0}
+            calls.append((visibility, blind))
+            return ANSWERS[visibility, blind]
+
+        monkeypatch.setattr("coma_ds.assessment.greedy_answers", spy)
+        settings = {"model": model, "data": {"workers": 0}, "eval": {"batch_size": 7}}
+        config = RunConfig(compress={"visible": not model["compression_tokens"]}, **settings)
+        table = evaluate_bottleneck("engine", "collator", QUESTIONS, config, "cpu")
+        return table, calls
+
+    def test_through_the_tokens_in_sight_and_blind(self, monkeypatch) -> None:
+        table, calls = self.asked(monkeypatch, compression_tokens=4)
+        assert sorted(calls) == sorted(ANSWERS)
+        assert table == {
+            "colour": {"tokens": 0.5, "visible": 1.0, "blind": 0.0, "questions": 2},
+            "count": {"tokens": 1.0, "visible": 1.0, "blind": 0.0, "questions": 1},
+        }
+        assert format_bottleneck(table).splitlines()[1].split() == [
+            "colour", "50.0%", "100.0%", "0.0%", "2",
+        ]  # fmt: skip
+
+    def test_a_model_without_tokens_is_asked_in_sight_only(self, monkeypatch) -> None:
+        table, calls = self.asked(monkeypatch, compression_tokens=0)
+        assert calls == [("causal", False)]
+        assert table == {
+            "colour": {"visible": 1.0, "questions": 2},
+            "count": {"visible": 1.0, "questions": 1},
+        }
+        assert format_bottleneck(table).split("\n")[0].split() == [
+            "question", "visible", "questions",
+        ]  # fmt: skip

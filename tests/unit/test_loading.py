@@ -9,13 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coma_ds.config import FAMILIES, ModelConfig, load_config
+from coma_ds.config import FAMILIES, ChunkConfig, MatchConfig, ModelConfig, load_config
+from coma_ds.data.collate import Collator
 from coma_ds.data.processing import load_processing
+from coma_ds.data.records import Dialogue, Pair, Side, Turn
 from coma_ds.model.adapters import adapter_layers
 from coma_ds.model.loading import load_finished, load_language_model, resolve_model
+from coma_ds.objectives.match import Match
+from coma_ds.step import grad_cache
 from tests.distributed.harness import run_world
-from tests.distributed.shards import build, digests
+from tests.distributed.shards import build, digests, transformers_says
 from tests.folders import SKELETON, WORDS, base_folder, disturb, export, load, whole
+from tests.tiny import Flat, PlainEngine
 
 TABLE = "model.language_model.embed_tokens.weight"
 
@@ -138,6 +143,28 @@ def test_a_folder_without_weights(tmp_path):
     assert read(folder, weights="random").dtype == torch.float32
 
 
+@pytest.mark.parametrize("left", [0, 5, 2000, -1])
+def test_weights_that_were_not_copied_to_the_end(tmp_path, left):
+    folder = base_folder(tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(ValueError) as caught:
+        read(folder)
+    assert str(caught.value).startswith(f"{folder}: its weights cannot be read (")
+    assert str(caught.value).endswith("; model.weights=random starts without any")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["missing", "unexpected", "mismatched"])
+def test_what_does_not_fit_is_said_once(tmp_path, case):
+    """By the error, not by transformers' own report as well."""
+    folder, said = base_folder(tmp_path), []
+    edit_weights(folder, BROKEN[case])
+    with transformers_says(said), pytest.raises(ValueError, match=case):
+        read(folder)
+    assert said == []
+
+
 def test_a_folder_without_tokenizer(tmp_path):
     folder = base_folder(tmp_path)
     (folder / "tokenizer.json").write_text("{")
@@ -167,6 +194,80 @@ def test_the_shipped_base_fits_its_own_config():
 def test_loading_leaves_no_bar_where_there_is_no_terminal(tmp_path, capfd):
     read(base_folder(tmp_path))
     assert "Loading weights" not in capfd.readouterr().err
+
+
+def batch_of(processing):
+    """Two pairs, one with an image, and a dialogue's batch."""
+    pairs = [Pair(Side("a"), Side("<|image_1|>", (Flat("red"),))), Pair(Side("b"), Side("c d"))]
+    collator = Collator(processing)
+    return collator(pairs), collator([Dialogue((Flat("red"),), (Turn("What?", "a thing"),))])
+
+
+@pytest.mark.parametrize("switched_on", [True, False])
+def test_checkpointing_runs_each_layer_again_in_the_backward(tmp_path, switched_on):
+    model, processing = load(base_folder(tmp_path), gradient_checkpointing=switched_on)
+    runs = []
+    for layer in model.backbone.text.layers:
+        layer.mlp.register_forward_pre_hook(lambda m, _: runs.append(m))
+    pairs, _ = batch_of(processing)
+    emb_BE = model.train().embeddings(pairs, model.embed_images(pairs.images))
+    assert len(runs) == 2
+    emb_BE.square().sum().backward()
+    assert len(runs) == (4 if switched_on else 2)
+
+
+class TestOutputMatrix:
+    """Stage 2 has no use for it."""
+
+    def test_it_is_trained_where_a_loss_reaches_it(self, tmp_path):
+        trained = {}
+        for tied in (True, False):
+            base = base_folder(tmp_path / f"{tied}", tied=tied)
+            for matching in (True, False):
+                model, _ = load(base, matching=matching)
+                lm = model.backbone.lm
+                trained[tied, matching] = lm.lm_head.weight.requires_grad
+                assert lm.get_input_embeddings().weight.requires_grad
+                assert model.answers.weight is lm.lm_head.weight
+        assert trained == {
+            (True, True): True, (True, False): True, (False, True): False, (False, False): True,
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_no_step_of_stage_2_multiplies_by_it(self, tmp_path, monkeypatch, tied):
+        model, processing = load(base_folder(tmp_path, tied=tied))
+        matrix, uses, linear = model.backbone.lm.lm_head.weight, [], torch.nn.functional.linear
+
+        def spy(states, weight, *rest):
+            uses.append(weight.data_ptr() == matrix.data_ptr())
+            return linear(states, weight, *rest)
+
+        monkeypatch.setattr(torch.nn.functional, "linear", spy)
+        pairs, dialogue = batch_of(processing)
+        engine = PlainEngine(model.train())
+        report = grad_cache(
+            engine, Match(MatchConfig()), pairs, ChunkConfig(samples=2), seed=0, step=0
+        )
+        assert report["loss"] > 0 and model.tokens.weight.grad.any()
+        assert len(uses) > 20 and not any(uses)
+        if not tied:
+            assert matrix.grad is None
+        with torch.no_grad():
+            rows = model.embed_images(dialogue.images)
+            model.answer_loss(dialogue, rows, "bottleneck")
+        assert any(uses)  # stage 1 does, so the spy would have seen it
+
+
+@pytest.mark.parametrize("name", ["qproj", "qkv"])
+def test_a_target_that_no_layer_is_named_after(tmp_path, name):
+    """``qkv`` is one of the vision tower."""
+    folder = base_folder(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        load(folder, adapter="lora", lora={"targets": ["q_proj", name]})
+    assert str(caught.value) == (
+        f"model.lora.targets: the language model has no layer {name!r}; it has down_proj, "
+        "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    )
 
 
 class TestStages:
@@ -235,6 +336,22 @@ class TestStages:
         assert not adapter_layers(model)
 
 
+def gate(weights) -> str:
+    return next(n for n in weights if "layers.0.mlp.gate_proj" in n)
+
+
+BROKEN = {
+    "missing": lambda w: w.pop(gate(w)),
+    "unexpected": lambda w: w.update({"model.stray.weight": torch.zeros(2)}),
+    "mismatched": lambda w: w.update({gate(w): torch.zeros(3, 5)}),
+}
+NAMES = {
+    "missing": "missing: model.language_model.layers.0.mlp.gate_proj.weight",
+    "unexpected": "unexpected: model.language_model.stray.weight",
+    "mismatched": "torch.Size([3, 5]), torch.Size([128, 64]))",
+}
+
+
 def test_sharded_loading_equals_the_plain_one(tmp_path):
     exported, processing = load(base_folder(tmp_path / "base", tied=False), adapter="dora")
     folder = export(disturb(exported), processing, tmp_path / "model")
@@ -243,9 +360,10 @@ def test_sharded_loading_equals_the_plain_one(tmp_path):
         "bf16 lora": str(folder),
         "fp32 dora": str(tmp_path / "base"),
     }
-    broken = tmp_path / "broken"
-    shutil.copytree(tmp_path / "base", broken)
-    edit_weights(broken, lambda w: [w.pop(n) for n in list(w) if "layers.0.mlp.gate" in n])
+    broken = {}
+    for case, change in BROKEN.items():
+        broken[case] = str(shutil.copytree(tmp_path / "base", tmp_path / case))
+        edit_weights(tmp_path / case, change)
     want = {}
     for case, source in cases.items():
         precision, adapter = case.split()
@@ -253,11 +371,15 @@ def test_sharded_loading_equals_the_plain_one(tmp_path):
     sizes = [p.numel() for p in build(str(folder), "fp32", False).backbone.lm.parameters()]
     for world in (1, 2):
         reports = run_world(
-            world, "tests.distributed.shards:load_sharded", folders=cases, broken=str(broken)
+            world, "tests.distributed.shards:load_sharded", folders=cases, broken=broken
         )
         for report in reports:
             assert report["world"] == world and report["plain"]
-            assert "missing: model.language_model.layers.0.mlp.gate_proj.weight" in report["error"]
+            for case in BROKEN:
+                found = report["errors"][case]
+                assert found.startswith(f"{broken[case]}: the weights do not fit the model, {case}")
+                assert found.endswith(NAMES[case]) and found.count(": ") == 2
+            assert report["said"] == []
             for case, found in report["models"].items():
                 assert found["digests"] == want[case], case
             assert report["models"]["fp32 none"]["sharded"] == 1
