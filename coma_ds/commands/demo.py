@@ -28,7 +28,7 @@ from coma_ds.commands.demo_findings import MARK, MEASURED, collect, terminal_tab
 from coma_ds.commands.demo_report import write_report
 
 RANKS = 2
-QUESTIONS = 200  # of each kind, for the bottleneck table and for the base
+QUESTIONS = 150  # of each kind, for the bottleneck table and for the base
 STEP_LINE = re.compile(r"^step (\d+)/(\d+) +(.*)")
 SET_LINE = re.compile(r"^(\w+/\w+): P@1 ")
 NOISE = re.compile(r"^\s*$|^\[\d{4}-\d\d-\d\d |^\[rank\d|^W\d{4} ")
@@ -51,11 +51,11 @@ LENGTHS = {
     "standard": Length(),
     "long": Length(
         compress=("optim.steps=400",),
-        match=("optim.steps=1000", "eval.every=100"),
+        match=("optim.steps=1000", "eval.every=100", "data.sources=[name_t2i,i2t,tags_t2i,i2i]"),
     ),
     "short": Length(
         both=("optim.steps=2", "optim.batch_size=32", "chunk.samples=8", "logging.every=1"),
-        match=("data.sub_batch=16", "eval.every=1", EVALUATED + "grounding/unseen]"),
+        match=("eval.every=1", EVALUATED + "grounding/unseen]"),
         questions=4,
     ),
 }
