@@ -47,15 +47,17 @@ class Length:
     questions: int = QUESTIONS
 
 
+MIXED = "data.sources=[name_t2i,i2t,tags_t2i,i2i]"  # more tasks, and the roles swapped
+
 LENGTHS = {
     "standard": Length(),
     "long": Length(
         compress=("optim.steps=400",),
-        match=("optim.steps=1000", "eval.every=100", "data.sources=[name_t2i,i2t,tags_t2i,i2i]"),
+        match=("optim.steps=1000", "eval.every=100", MIXED, "data.sub_batch=128"),
     ),
     "short": Length(
         both=("optim.steps=2", "optim.batch_size=32", "chunk.samples=8", "logging.every=1"),
-        match=("eval.every=1", EVALUATED + "grounding/unseen]"),
+        match=("eval.every=1", MIXED, "data.sub_batch=16", EVALUATED + "grounding/unseen]"),
         questions=4,
     ),
 }

@@ -10,7 +10,8 @@ from tests.distributed.harness import run_world
 
 STEPS = "optim.steps=3"
 LORA = ["model.adapter=lora", "model.lora.dropout=0.3"]
-MATCH = ["--recipe", "demo-match", "init_from=null", "data.sub_batch=4"]
+MIXED = ["data.sub_batch=4", "data.sources=[name_t2i,i2t,tags_t2i,i2i]"]
+MATCH = ["--recipe", "demo-match", "init_from=null", *MIXED]
 RUNS = {
     "compress": [],
     "compress with workers": ["data.workers=2"],

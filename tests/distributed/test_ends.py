@@ -79,7 +79,7 @@ def jobs(pairs: Path, output: Path) -> dict[str, tuple[str, ...]]:
         "python fault": ("python", ENDING, "fault"),
         "wrong key": ("deepspeed", TRAIN, "optim.learning_rate=1"),
         "wrong option": ("python", TRAIN, "--dry-runs"),
-        "wrong path": ("torchrun", TRAIN, *match, "data.path=nowhere.jsonl"),
+        "wrong path": ("torchrun", TRAIN, *match, "data.path=nowhere.jsonl", f"output={output}/no"),
         "broken picture": ("deepspeed", TRAIN, *match, f"output={output}"),
     }
 

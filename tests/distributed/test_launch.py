@@ -19,6 +19,7 @@ SETS = ("name_t2i/unseen", "i2t/unseen")
 MATCH = [
     "--recipe", "demo-match", *FEW, "optim.batch_size=32", "data.sub_batch=16", "chunk.samples=7",
     f"eval.sets=[{','.join(SETS)}]", f"eval.along=[{SETS[0]}]", "eval.every=1",
+    "data.sources=[name_t2i,i2t,tags_t2i,i2i]",
 ]  # fmt: skip
 FILES = ("config.yaml", "ds_config.json", "versions.txt", "metrics.jsonl", "results.json")
 
