@@ -180,7 +180,7 @@ class RunConfig(Section):
 
     recipe: str = ""
     objective: Literal["compress", "match"] = "compress"
-    output: str = "runs/demo/compress"
+    output: str = "runs/demo-compress"
     init_from: str | None = None  # a finished run, or a model folder
     seed: int = 0
     precision: Literal["bf16", "fp32", "autocast"] = "bf16"  # autocast: fp32 weights, bf16 products
