@@ -52,12 +52,17 @@ class TestClaim:
             assert str(caught.value).startswith(f"output '{place}' cannot be used: ")
         assert (tmp_path / "file").read_text() == "mine"
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    @pytest.mark.parametrize("keep", [True, False])
-    def test_a_place_that_cannot_be_written(self, tmp_path, keep):
-        tmp_path.chmod(0o500)
+    def test_a_place_where_no_folder_can_be_made(self):
+        """Not even by root, who may write anywhere else."""
+        with pytest.raises(ValueError, match=r"^output '/proc/none/run' cannot be used: "):
+            claim(config_of(Path("/proc/none/run")), keep=True)
+
+    def test_a_place_that_cannot_be_written(self, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr(os, "access", lambda *place: asked.append(place))
         with pytest.raises(ValueError, match=r"^output '.*/run' cannot be used: "):
-            claim(config_of(tmp_path / "run"), keep=keep)
+            claim(config_of(tmp_path / "run"), keep=False)
+        assert asked == [(tmp_path, os.W_OK)]
 
     def test_the_folder_of_a_process_that_trains(self, tmp_path):
         """Refused as long as the other process lives, whatever of its lock file stays behind."""
