@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from itertools import count
 from pathlib import Path
 
 import yaml
@@ -64,10 +65,18 @@ def _refuse_finished(folder: Path, config: RunConfig) -> None:
 
 
 def start_over(folder: Path) -> None:
-    """Remove what an earlier run in this folder ended with: it would not fit the new config."""
+    """Remove what an earlier run in this folder ended with: it would not fit the new config.
+
+    Its checkpoints are set aside as ``checkpoints-1`` (2, ...): left in place they would be taken
+    for those of the new run, which does not write a step that is already published.
+    """
     for name in FINISHED:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    checkpoints = folder / "checkpoints"
+    if any(checkpoints.glob("step-*")):
+        places = (folder / f"checkpoints-{number}" for number in count(1))
+        checkpoints.rename(next(place for place in places if not place.exists()))
 
 
 def changed(config: RunConfig, checkpoint: Path) -> list[str]:
@@ -76,13 +85,14 @@ def changed(config: RunConfig, checkpoint: Path) -> list[str]:
     if not file.is_file():
         return []
     before, now = (flatten(yaml.safe_load(text)) for text in (file.read_text(), dump(config)))
-
+    # A key that only one version of the config knows is no change; column names are the user's.
+    keys = before.keys() & now.keys() | {
+        key for key in before.keys() | now.keys() if key.startswith("data.columns.")
+    }
     return [
-        f"{key}: {before[key]} -> {now[key]}"
-        for key in sorted(
-            before.keys() & now.keys()
-        )  # a key that only one version knows is no change
-        if before[key] != now[key] and not key.startswith(FREE)
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(keys)
+        if before.get(key) != now.get(key) and not key.startswith(FREE)
     ]
 
 

@@ -141,7 +141,25 @@ def test_starting_over_removes_what_a_run_ended_with_and_nothing_else(tmp_path):
     for _ in range(2):  # also where there is nothing
         start_over(tmp_path)
         left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-        assert left == set(kept) and not (tmp_path / "model").exists()
+        moved = {name.replace("checkpoints/", "checkpoints-1/") for name in kept}
+        assert left == moved and not (tmp_path / "model").exists()
+
+
+def test_checkpoints_are_set_aside_and_none_is_lost(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "step-00000001" / "of").write_text(str(number))
+        start_over(tmp_path)
+    for number in (1, 2):
+        file = tmp_path / f"checkpoints-{number}" / "step-00000001" / "of"
+        assert file.read_text() == str(number)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_another_column_name_is_a_change(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump(config_of(tmp_path)))
+    renamed = config_of(tmp_path, "data.columns.query=title")
+    assert changed(renamed, tmp_path) == ["data.columns.query: None -> title"]
 
 
 FREE = [
