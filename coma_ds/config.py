@@ -7,9 +7,8 @@ mechanics.  An unknown key is an error that names the nearest one.
 from __future__ import annotations
 
 import difflib
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -21,6 +20,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from coma_ds.recipe_files import merge, parse_overrides, read_recipe
 
 Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -109,6 +110,14 @@ class DataConfig(Section):
     length: int = Field(100_000, ge=1)  # builtin: samples of an epoch
     turns: tuple[int, int] = (3, 5)  # builtin dialogues: least and most
 
+    @model_validator(mode="after")
+    def _turns(self):
+        if not 1 <= self.turns[0] <= self.turns[1]:
+            raise ValueError(
+                f"turns {list(self.turns)}: expected (least, most), 1 <= least <= most"
+            )
+        return self
+
 
 class CompressConfig(Section):
     """Stage 1."""
@@ -116,6 +125,15 @@ class CompressConfig(Section):
     loss: Literal["ce", "kl"] = "ce"
     format: Literal["multi_turn", "single_turn", "description", "caption"] = "multi_turn"
     visible: bool = False  # rule off: the dialogue sees the image
+
+    @model_validator(mode="after")
+    def _teacher(self):
+        if self.visible and self.loss == "kl":
+            raise ValueError(
+                "loss 'kl' with visible: the teacher sees the image too, so there is nothing to "
+                "learn; use 'ce'"
+            )
+        return self
 
 
 class MatchConfig(Section):
@@ -133,6 +151,9 @@ class ChunkConfig(Section):
     tokens: int | None = Field(None, ge=1)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     batch_size: int = Field(256, ge=1)  # pairs or dialogues of one optimizer step, all ranks
     steps: int = Field(100, ge=0)  # 0: export and evaluate what it starts from
@@ -141,7 +162,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float = Field(1.0, ge=0)  # 0: off
     kind: Literal["adamw", "muon", "sgd"] = "adamw"
 
@@ -180,9 +201,9 @@ class RunConfig(Section):
 
     recipe: str = ""
     objective: Literal["compress", "match"] = "compress"
-    output: str = "runs/demo-compress"
+    output: str = Field("runs/demo-compress", min_length=1)
     init_from: str | None = None  # a finished run, or a model folder
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     precision: Literal["bf16", "fp32", "autocast"] = "bf16"  # autocast: fp32 weights, bf16 products
     deepspeed: str = "zero3"  # a name in ds_configs/, or a JSON file
     model: ModelConfig = ModelConfig()
@@ -257,88 +278,6 @@ def _check_keys(tree: dict, known: list[str], source: str, prefix: str = "") -> 
             _check_keys(value, known, source, key + ".")
 
 
-def _merge(base: dict, over: dict) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_overrides(overrides: list[str]) -> dict:
-    """``["optim.lr=2e-5", ...]`` as a tree; values are YAML.
-
-    Raises ``ValueError`` for a word without ``=`` or a value that is not YAML.
-    """
-    tree: dict[str, Any] = {}
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ValueError(f"override {word!r}: expected KEY=VALUE, for example optim.lr=2e-5")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {word!r}: the value is not YAML ({error})") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = _merge(tree, value)
-    return tree
-
-
-def recipe_names() -> list[str]:
-    """The recipes shipped in the package."""
-    folder = resources.files("coma_ds.recipes")
-    return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
-
-
-def _recipe_text(name: str) -> str:
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"recipe file {name!r} does not exist")
-        return path.read_text()
-    if name in recipe_names():
-        return resources.files("coma_ds.recipes").joinpath(f"{name}.yaml").read_text()
-    close = difflib.get_close_matches(name, recipe_names(), 1, 0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"recipe {name!r}: {hint}shipped are {', '.join(recipe_names())}")
-
-
-def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
-    """The tree of a shipped recipe or of a YAML file, its ``base`` recipe merged below it.
-
-    ``above`` are the recipes whose base this one is.  Raises ``ValueError`` for a name that is
-    neither, a file that is not a YAML mapping, a key given twice, or bases that go in a circle.
-    """
-    if name in above:
-        raise ValueError(f"recipe {above[0]!r}: its bases go in a circle, {' -> '.join(above)}")
-    try:
-        tree = yaml.load(_recipe_text(name), _Loader)
-    except yaml.YAMLError as error:
-        mark, problem = (getattr(error, part, None) for part in ("problem_mark", "problem"))
-        where = f" in line {mark.line + 1}" if mark else ""
-        why = f" ({problem})" if problem else ""
-        raise ValueError(f"recipe {name!r} is not YAML: an error{where}{why}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"recipe {name!r}: expected a mapping of keys, found {tree!r:.60}")
-    base = tree.pop("base", None)
-    return _merge(read_recipe(str(base), (*above, name)), tree) if base else tree
-
-
 def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunConfig:
     """Defaults, then the recipe, then the overrides, checked as a whole.
 
@@ -352,7 +291,47 @@ def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunCo
         tree = {"recipe": recipe, **tree}
     over = parse_overrides(overrides or [])
     _check_keys(over, known, "override")
-    return validate(_merge(tree, over))
+    return validate(merge(tree, over))
+
+
+_FORMATS = {  # the keys of data that a format reads, beside those that all of them do
+    "builtin": ("length", "turns", "sources"),
+    "mmeb": ("root", "image_root", "sources", "split", "limit", "leave_out_empty"),
+    "pairs": ("path", "image_root", "limit", "min_score", "columns"),
+    "dialogues": ("path", "image_root", "limit"),
+}
+
+
+def check_effect(config: RunConfig, overrides: list[str]) -> None:
+    """Raise ``ValueError`` for an override that changes nothing of this run.
+
+    A recipe may hold such keys, its heirs can use them; on a command line they are a mistake.
+    """
+    over = parse_overrides(overrides)
+    matching, of_format = config.objective == "match", _FORMATS[config.data.format]
+    objective = f"objective {config.objective!r}"
+    idle = {key: objective for key in (("compress",) if matching else ("match",))}
+    idle |= dict.fromkeys(
+        ("eval.path", "eval.bottleneck_questions") if matching else ("eval.root", "eval.sets"),
+        objective,
+    )
+    idle |= {
+        f"data.{key}": f"data.format {config.data.format!r}"
+        for key in {key for keys in _FORMATS.values() for key in keys} - {*of_format}
+    }
+    if config.model.adapter == "none":
+        idle["model.lora"] = "model.adapter 'none'"
+    if config.init_from:
+        idle["model.path"] = "init_from, which names the model"
+    for key, cause in idle.items():
+        section, _, leaf = key.partition(".")
+        node = over.get(section, {})
+        given = node if not leaf else {leaf: node[leaf]} if leaf in node else {}
+        part = getattr(config, section)
+        for name in given:
+            fields = type(part).model_fields
+            if getattr(part, name) != fields[name].get_default():
+                raise ValueError(f"override {section}.{name} has no effect with {cause}")
 
 
 def validate(tree: dict) -> RunConfig:

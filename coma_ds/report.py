@@ -10,7 +10,8 @@ from coma_ds.config import RunConfig
 from coma_ds.engine import Engine
 
 ATTENTION = {
-    "split": "split form of the visibility rule, causal calls without a mask",
+    "split": "split form of the visibility rule, two causal calls (a mask in the first one where "
+    "contexts are of unequal length)",
     "dense": "dense mask [B, 1, L, L]",
     "packed": "packed sequences, one call for each sample",
 }
@@ -46,6 +47,8 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     attention = ATTENTION[backbone.carrier]
     if config.objective == "match":
         attention = "causal, the compression tokens last"
+    elif config.compress.visible:
+        attention = "causal"
     teacher = ""
     if config.compress.loss == "kl":
         teacher = " to the model that sees the image, its adapter off"
