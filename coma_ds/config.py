@@ -7,9 +7,8 @@ mechanics.  An unknown key is an error that names the nearest one.
 from __future__ import annotations
 
 import difflib
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -21,6 +20,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from coma_ds.recipe_files import merge, parse_overrides, read_recipe
 
 Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -66,6 +67,7 @@ class ModelConfig(Section):
     compression_tokens: int = Field(32, ge=0)
     bottleneck: Literal["kv", "last_hidden"] = "kv"
     pooling: Literal["mean", "attention", "last"] = "mean"
+    pooling_heads: int = Field(1, ge=1)  # of attention pooling
     adapter: Literal["none", "lora", "dora"] = "none"
     lora: LoRAConfig = LoRAConfig()
     train_vision: bool = False
@@ -81,6 +83,11 @@ class ModelConfig(Section):
         low, high = self.min_vision_tokens, self.max_vision_tokens
         if low and high and low > high:
             raise ValueError(f"min_vision_tokens {low} is above max_vision_tokens {high}")
+        if self.pooling_heads > 1 and self.pooling != "attention":
+            raise ValueError(
+                f"pooling_heads {self.pooling_heads} has no effect with pooling {self.pooling!r}: "
+                "use 'attention'"
+            )
         tokens = self.compression_tokens
         if (high or 0) + tokens >= self.max_length:
             images = f"max_vision_tokens {high} and " if high else ""
@@ -119,11 +126,39 @@ class CompressConfig(Section):
 
 
 class MatchConfig(Section):
-    """Stage 2."""
+    """Stage 2.  Cosines are in -1..1; what each option does: ``coma_ds.kernels.info_nce``."""
 
     temperature: float = Field(0.03, gt=0)
+    task_temperature: dict[str, Annotated[float, Field(gt=0)]] = {}  # by task (source) name
     learn_temperature: bool = False
-    mask_false_negatives: bool = True
+    mask_false_negatives: bool = True  # equal content never competes, across ranks too
+    false_negative_margin: float | None = None  # nor does a cosine above the positive's plus this
+    hardness: float = Field(0.0, ge=0)  # a negative counts exp(hardness * cosine) times
+    hard_negatives: Literal["shared", "own"] = "shared"  # of all rows and ranks, or of their pair
+    query_negatives: bool = False  # the other queries compete too
+    target_negatives: bool = False  # as do the other targets as seen from the positive
+    symmetric: bool = False  # and from targets to queries, half and half
+    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] = ()  # widths that are trained as well
+    matryoshka_weights: tuple[Annotated[float, Field(gt=0)], ...] = ()  # one each; empty: all 1
+    loss_dtype: Literal["fp32", "bf16"] = "fp32"  # what embeddings are rounded to in the loss
+
+    @model_validator(mode="after")
+    def _options_fit(self):
+        if self.symmetric:
+            one_way = ("query_negatives", "target_negatives")
+            clash = [name for name in one_way if getattr(self, name)]
+            clash += ["hard_negatives 'own'"] * (self.hard_negatives == "own")
+            if clash:
+                raise ValueError(f"symmetric does not go with {clash[0]}: leave one of them out")
+        widths, weights = self.matryoshka, self.matryoshka_weights
+        if list(widths) != sorted(set(widths)):
+            raise ValueError(f"matryoshka {list(widths)}: expected increasing widths")
+        if weights and len(weights) != len(widths):
+            raise ValueError(
+                f"matryoshka_weights {list(weights)}: expected one for each of the "
+                f"{len(widths)} widths of matryoshka"
+            )
+        return self
 
 
 class ChunkConfig(Section):
@@ -257,88 +292,6 @@ def _check_keys(tree: dict, known: list[str], source: str, prefix: str = "") -> 
             _check_keys(value, known, source, key + ".")
 
 
-def _merge(base: dict, over: dict) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_overrides(overrides: list[str]) -> dict:
-    """``["optim.lr=2e-5", ...]`` as a tree; values are YAML.
-
-    Raises ``ValueError`` for a word without ``=`` or a value that is not YAML.
-    """
-    tree: dict[str, Any] = {}
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ValueError(f"override {word!r}: expected KEY=VALUE, for example optim.lr=2e-5")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {word!r}: the value is not YAML ({error})") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = _merge(tree, value)
-    return tree
-
-
-def recipe_names() -> list[str]:
-    """The recipes shipped in the package."""
-    folder = resources.files("coma_ds.recipes")
-    return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
-
-
-def _recipe_text(name: str) -> str:
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"recipe file {name!r} does not exist")
-        return path.read_text()
-    if name in recipe_names():
-        return resources.files("coma_ds.recipes").joinpath(f"{name}.yaml").read_text()
-    close = difflib.get_close_matches(name, recipe_names(), 1, 0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"recipe {name!r}: {hint}shipped are {', '.join(recipe_names())}")
-
-
-def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
-    """The tree of a shipped recipe or of a YAML file, its ``base`` recipe merged below it.
-
-    ``above`` are the recipes whose base this one is.  Raises ``ValueError`` for a name that is
-    neither, a file that is not a YAML mapping, a key given twice, or bases that go in a circle.
-    """
-    if name in above:
-        raise ValueError(f"recipe {above[0]!r}: its bases go in a circle, {' -> '.join(above)}")
-    try:
-        tree = yaml.load(_recipe_text(name), _Loader)
-    except yaml.YAMLError as error:
-        mark, problem = (getattr(error, part, None) for part in ("problem_mark", "problem"))
-        where = f" in line {mark.line + 1}" if mark else ""
-        why = f" ({problem})" if problem else ""
-        raise ValueError(f"recipe {name!r} is not YAML: an error{where}{why}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"recipe {name!r}: expected a mapping of keys, found {tree!r:.60}")
-    base = tree.pop("base", None)
-    return _merge(read_recipe(str(base), (*above, name)), tree) if base else tree
-
-
 def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunConfig:
     """Defaults, then the recipe, then the overrides, checked as a whole.
 
@@ -352,7 +305,7 @@ def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunCo
         tree = {"recipe": recipe, **tree}
     over = parse_overrides(overrides or [])
     _check_keys(over, known, "override")
-    return validate(_merge(tree, over))
+    return validate(merge(tree, over))
 
 
 def validate(tree: dict) -> RunConfig:

@@ -36,7 +36,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def list_recipes() -> str:
     """Each shipped recipe with the first sentence of the comment at its head."""
-    from coma_ds.config import recipe_names
+    from coma_ds.recipe_files import recipe_names
 
     names = recipe_names()
     width = max(map(len, names))

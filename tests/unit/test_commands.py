@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from coma_ds.assessment import evaluate_ranking, format_pixels
 from coma_ds.commands import config_command, evaluate_command
 from coma_ds.commands.main import COMMANDS, parse, run
-from coma_ds.config import RunConfig, dump, load_config, recipe_names
+from coma_ds.config import RunConfig, dump, load_config
 from coma_ds.data.records import RankingTask, Side
 from coma_ds.evaluation import GROUPS, group_means
+from coma_ds.recipe_files import recipe_names
 from tests.distributed.harness import run_world
 from tests.folders import base_folder, load, mmeb_folder
 from tests.tiny import Flat

@@ -8,10 +8,11 @@ from importlib import resources
 
 import pytest
 
-from coma_ds.config import RunConfig, load_config, recipe_names
+from coma_ds.config import RunConfig, load_config
 from coma_ds.data.builtin import BuiltinPairs
 from coma_ds.data.mmeb_layout import OFFICIAL_SETS
 from coma_ds.engine import OWNED_BY_RUN, deepspeed_config, read_mechanics
+from coma_ds.recipe_files import recipe_names
 
 WANTED = {
     "demo-base",

@@ -27,7 +27,7 @@ FLOORS = {
     **dict.fromkeys(("step", "objectives", "verify", "assemble", "checks", "report"), 4),
     **dict.fromkeys(("run", "run_folder"), 4),
     **dict.fromkeys(("train", "commands"), 5),
-    **dict.fromkeys(("recipes", "ds_configs"), 0),
+    **dict.fromkeys(("recipes", "ds_configs", "recipe_files"), 0),
 }
 # Who may import a package; a name stands for a module, or a folder with everything in it.
 OWNERS = {
