@@ -29,19 +29,19 @@ demo: $(STAMP)
 demo-long: $(STAMP)
 	@$(PY) -m coma_ds.commands.demo --long
 
-# The shipped base: its empty folder, hours of training, the result in place of the empty folder.
+# The shipped base: a folder without weights, hours of training, the result in the package.
 BASE := coma_ds/data/models/demo-base
 BASE_RUN ?= runs/demo-base
 demo-base: $(STAMP)
-	$(PY) -m coma_ds.commands.demo_base $(BASE)
-	$(PY) coma_ds/train.py --recipe demo-base output=$(BASE_RUN)
+	$(PY) -m coma_ds.commands.demo_base $(BASE_RUN)-start
+	$(PY) coma_ds/train.py --recipe demo-base model.path=$(BASE_RUN)-start output=$(BASE_RUN)
 	$(PY) -m coma_ds.commands.demo_base --install $(BASE_RUN) $(BASE)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .
 
 test: lint
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

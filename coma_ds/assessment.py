@@ -42,9 +42,7 @@ def load_tasks(config: RunConfig, cache: Path, sets: Sequence[str] = ()) -> list
     if root is None:
         if config.data.format != "builtin":
             return []
-        if comm.rank() == 0 and not (cache / "sets.json").is_file():
-            write_mmeb_eval(cache)
-        comm.barrier()
+        comm.decide(lambda: write_mmeb_eval(cache))
         root, images = str(cache), str(cache / "images")
     names = mmeb_eval_sets(root)
     wanted = tuple(sets) or config.eval.sets or tuple(names)

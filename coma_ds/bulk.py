@@ -20,7 +20,7 @@ from coma_ds import comm
 from coma_ds.data.images import as_picture
 from coma_ds.data.pairs import compose_side
 from coma_ds.data.records import Picture, Side
-from coma_ds.data.tables import Table, open_table
+from coma_ds.data.tables import JsonTable, Table, open_table
 from coma_ds.embedder import Embedder
 
 BLOCKS = 16  # batches of one part: inputs of similar length are found within it
@@ -40,7 +40,7 @@ def choose_columns(path: str, table: Table, asked: Columns) -> Columns:
 
     Raises ``ValueError`` for one asked for that is missing, and for neither text nor image.
     """
-    found = table.columns
+    found = table.all_columns() if isinstance(table, JsonTable) else table.columns
     chosen = {}
     for kind in ("text", "image", "id"):
         given = getattr(asked, kind)

@@ -116,6 +116,14 @@ class DataConfig(Section):
     length: int = Field(100_000, ge=1)  # builtin: samples of an epoch
     turns: tuple[int, int] = (3, 5)  # builtin dialogues: least and most
 
+    @model_validator(mode="after")
+    def _turns(self):
+        if not 1 <= self.turns[0] <= self.turns[1]:
+            raise ValueError(
+                f"turns {list(self.turns)}: expected (least, most), 1 <= least <= most"
+            )
+        return self
+
 
 class CompressConfig(Section):
     """Stage 1."""
@@ -123,6 +131,15 @@ class CompressConfig(Section):
     loss: Literal["ce", "kl"] = "ce"
     format: Literal["multi_turn", "single_turn", "description", "caption"] = "multi_turn"
     visible: bool = False  # rule off: the dialogue sees the image
+
+    @model_validator(mode="after")
+    def _teacher(self):
+        if self.visible and self.loss == "kl":
+            raise ValueError(
+                "loss 'kl' with visible: the teacher sees the image too, so there is nothing to "
+                "learn; use 'ce'"
+            )
+        return self
 
 
 class MatchConfig(Section):
@@ -168,6 +185,9 @@ class ChunkConfig(Section):
     tokens: int | None = Field(None, ge=1)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     batch_size: int = Field(256, ge=1)  # pairs or dialogues of one optimizer step, all ranks
     steps: int = Field(100, ge=0)  # 0: export and evaluate what it starts from
@@ -176,7 +196,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float = Field(1.0, ge=0)  # 0: off
     kind: Literal["adamw", "muon", "sgd"] = "adamw"
 
@@ -215,9 +235,9 @@ class RunConfig(Section):
 
     recipe: str = ""
     objective: Literal["compress", "match"] = "compress"
-    output: str = "runs/demo-compress"
+    output: str = Field("runs/demo-compress", min_length=1)
     init_from: str | None = None  # a finished run, or a model folder
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     precision: Literal["bf16", "fp32", "autocast"] = "bf16"  # autocast: fp32 weights, bf16 products
     deepspeed: str = "zero3"  # a name in ds_configs/, or a JSON file
     model: ModelConfig = ModelConfig()

@@ -114,8 +114,8 @@ def greedy_answers(
     visibility: Visibility,
     *,
     blind: bool = False,
+    max_tokens: int | None = None,
     batch_size: int = 128,
-    max_tokens: int = 12,
     device: torch.device | str = "cpu",
     workers: int = 0,
 ) -> list[str]:
@@ -123,7 +123,12 @@ def greedy_answers(
 
     ``visibility`` ``bottleneck``: through the compression tokens alone.  ``blind``: with the
     images of another dialogue (``swap_images``), so that what is right is right by guessing.
+    An answer ends with its end token or after ``max_tokens``, as many as the longest right answer
+    and its end token where that is not given.
     """
+    if max_tokens is None:
+        encode = collator.processing.encode
+        max_tokens = max(len(encode(d.turns[-1].answer)) for d in dialogues) + 1
     if blind:
         dialogues = swap_images(dialogues)
 

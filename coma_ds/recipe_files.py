@@ -36,7 +36,8 @@ class _Loader(yaml.SafeLoader):
 def parse_overrides(overrides: list[str]) -> dict:
     """``["optim.lr=2e-5", ...]`` as a tree; values are YAML.
 
-    Raises ``ValueError`` for a word without ``=`` or a value that is not YAML.
+    Raises ``ValueError`` for a word without ``=``, a value that is not YAML, or a section that is
+    given a value and keys.
     """
     tree: dict[str, Any] = {}
     for word in overrides:
@@ -49,8 +50,20 @@ def parse_overrides(overrides: list[str]) -> dict:
             raise ValueError(f"override {word!r}: the value is not YAML ({error})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
+        _check_both_fit(tree, value, word)
         tree = merge(tree, value)
     return tree
+
+
+def _check_both_fit(tree: dict, other: dict, word: str) -> None:
+    for key in tree.keys() & other.keys():
+        one, two = tree[key], other[key]
+        if isinstance(one, dict) != isinstance(two, dict):
+            raise ValueError(
+                f"override {word!r}: {key!r} is given a value and keys; give its keys (KEY=VALUE)"
+            )
+        if isinstance(one, dict):
+            _check_both_fit(one, two, word)
 
 
 def recipe_names() -> list[str]:

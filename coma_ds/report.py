@@ -13,7 +13,8 @@ from coma_ds.engine import Engine
 from coma_ds.kernels.dispatch import outlook
 
 ATTENTION = {
-    "split": "split form of the visibility rule, causal calls without a mask",
+    "split": "split form of the visibility rule, two causal calls (a mask in the first one where "
+    "contexts are of unequal length)",
     "dense": "dense mask [B, 1, L, L]",
     "packed": "packed sequences, one call for each sample",
 }
@@ -79,6 +80,8 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     attention = ATTENTION[backbone.carrier]
     if config.objective == "match":
         attention = "causal, the compression tokens last"
+    elif config.compress.visible:
+        attention = "causal"
     teacher = ""
     if config.compress.loss == "kl":
         teacher = " to the model that sees the image, its adapter off"

@@ -23,6 +23,7 @@ from coma_ds import engine
 from coma_ds.assemble import build_data, build_engine, build_objective, build_processing
 from coma_ds.checks import check_run
 from coma_ds.config import RunConfig, load_config
+from coma_ds.effects import check_effect
 from coma_ds.entry import entry_point
 from coma_ds.run import Run
 from coma_ds.step import accumulate, grad_cache
@@ -53,7 +54,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. optim.lr=2e-5")
     args = parser.parse_intermixed_args(argv)
-    return args, load_config(args.recipe, args.overrides)
+    config = load_config(args.recipe, args.overrides)
+    check_effect(config, args.overrides)
+    return args, config
 
 
 def main(argv: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import torch
 
@@ -26,7 +25,8 @@ def plain_step(engine, objective, batch: Batch, *, matching: bool) -> None:
             return loss, report
 
     else:
-        total = float(comm.all_sum(torch.tensor([float(objective.weight(batch))])))
+        own = torch.tensor([float(objective.weight(batch))], device=engine.device)
+        total = float(comm.all_sum(own))
 
         def run(model):
             features = model.embed_images(batch.images)
@@ -50,7 +50,7 @@ def verify_gradients(engine, objective, batch: Batch, config: RunConfig) -> dict
     take_step(engine, objective, batch, chunk, seed=config.seed, step=0)
     chunked = engine.gradients()
     engine.discard_gradients()
-    plain_step(engine, objective, replace(batch), matching=matching)
+    plain_step(engine, objective, batch, matching=matching)
     plain = engine.gradients()
     engine.discard_gradients()
     engine.train()

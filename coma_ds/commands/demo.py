@@ -53,7 +53,7 @@ LENGTHS = {
     "standard": Length(),
     "long": Length(
         compress=("optim.steps=400",),
-        match=("optim.steps=1000", "eval.every=100", MIXED, "data.sub_batch=128"),
+        match=("optim.steps=800", "eval.every=100", MIXED, "data.sub_batch=128"),
     ),
     "short": Length(
         both=("optim.steps=2", "optim.batch_size=32", "chunk.samples=8", "logging.every=1"),

@@ -273,9 +273,11 @@ def _remarks(
         )
     half = [k for k, row in table.items() if row["base"] and row["tokens"] >= row["base"] / 2]
     asked = [kind for kind, row in table.items() if row["base"]]
+    unknown = [kind for kind in table if kind not in asked]
     if asked:
         remarks.append(
             f"Through the tokens alone at least half of what the base answers with the picture in "
             f"sight is answered right for {len(half)} of {len(asked)} kinds of question."
+            + "".join(f" Of {kind} the base itself answers none." for kind in unknown)
         )
     return remarks

@@ -49,6 +49,8 @@ def execute(args: argparse.Namespace) -> int:
     folder = Path(args.run)
     given = {"eval.root": args.root, "eval.image_root": args.image_root}
     given["eval.batch_size"] = args.batch_size
+    if args.root:
+        given["eval.sets"] = []  # those of the run are of other data
     words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     config = read_run(folder, tuple(words))
     if not (folder / "model" / "config.json").is_file():

@@ -50,8 +50,9 @@ def execute(args: argparse.Namespace) -> int:
     Raises ``ValueError`` for a config or a number of ranks that is wrong.
     """
     from coma_ds.config import load_config
+    from coma_ds.effects import check_effect
 
-    load_config(args.recipe, args.overrides)
+    check_effect(load_config(args.recipe, args.overrides), args.overrides)
     command, environment, ranks = launch(args.num)
     command += ["--recipe", args.recipe, *args.rest, *args.overrides]
     with tempfile.TemporaryDirectory(prefix="coma-ds-") as folder:

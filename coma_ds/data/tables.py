@@ -102,6 +102,10 @@ class JsonTable:
         self._starts, self._ends, self._lines = _lines(path, self._text)
         self.columns = tuple(self[0]) if len(self) else ()
 
+    def all_columns(self) -> tuple[str, ...]:
+        """The keys of all rows, which it parses for that, in the order of their first use."""
+        return tuple(dict.fromkeys(key for row in range(len(self)) for key in self[row]))
+
     def __len__(self) -> int:
         return len(self._starts)
 

@@ -64,9 +64,19 @@ def resolve_model(path: str, key: str = "model.path") -> str:
     if folder.is_dir():
         if (folder / "model" / "config.json").is_file():  # a finished run
             return str(folder / "model")
-        if not (folder / "config.json").is_file():
+        is_model = (folder / "config.json").is_file()
+        if (folder / "config.yaml").is_file() and not is_model:
+            raise ValueError(
+                f"{key} {path!r}: the run is not finished, it has no model/ "
+                "(coma-ds export writes it from the newest checkpoint)"
+            )
+        if not is_model:
             raise ValueError(f"{key} {path!r}: the folder has no config.json")
         return path
+    if key == "init_from":
+        raise ValueError(
+            f"{key} {path!r}: no such folder; it names a finished run, so run that stage first"
+        )
     here = path.startswith((".", "/", "~")) or folder.parent.is_dir()
     if here or path.count("/") != 1:
         raise ValueError(f"{key} {path!r}: no such folder (a hub name is OWNER/NAME)")
@@ -152,7 +162,7 @@ def set_trainable(model: CompressionModel, config: ModelConfig, *, matching: boo
     if matching and not tied:
         lm.lm_head.weight.requires_grad_(False)
     if model.tokens is not None:
-        model.tokens.requires_grad_(matching or model.bottleneck is not None)
+        model.tokens.requires_grad_(True)
     model.pooling.requires_grad_(matching)
 
 

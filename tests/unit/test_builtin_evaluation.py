@@ -178,6 +178,22 @@ def test_the_same_files_every_time(tmp_path, short):
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_sets_of_another_version_are_written_again(tmp_path, short, caplog):
+    root = tmp_path / "root"
+    write_mmeb_eval(root)
+    (root / "group_cls/seen/test-00000-of-00001.parquet").unlink()
+    write_mmeb_eval(root)  # ours: left as it is
+    assert not (root / "group_cls/seen/test-00000-of-00001.parquet").exists()
+    (root / "made_from.txt").write_text("something else\n")
+    with caplog.at_level("INFO", "coma_ds"):
+        write_mmeb_eval(root)
+    assert (root / "group_cls/seen/test-00000-of-00001.parquet").is_file()
+    assert caplog.messages == [f"{root} is of another version: written again"]
+    (root / "made_from.txt").unlink()
+    with pytest.raises(ValueError, match=r"exists but holds no sets.json and made_from.txt"):
+        write_mmeb_eval(root)
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, short, monkeypatch):
     def broken(*_, **__):
         raise OSError("no space left")

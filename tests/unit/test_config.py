@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from coma_ds.config import RunConfig, dump, load_config
+from coma_ds.effects import check_effect
 from coma_ds.recipe_files import parse_overrides, read_recipe, recipe_names
 
 
@@ -52,7 +53,7 @@ def test_a_base_lies_below_its_recipe(tmp_path) -> None:
         ("output=runs/a=b", "output", "runs/a=b"),
         ("output=2024", "output", "2024"),
         ("output=1e3", "output", "1e3"),
-        ("seed=-3", "seed", -3),
+        ("seed=3", "seed", 3),
         ("data.columns.query=title", "data.columns", {"query": "title"}),
     ],
 )
@@ -247,7 +248,7 @@ def test_what_is_dumped_loads_as_the_same_config(name, tmp_path) -> None:
 @settings(max_examples=40)
 @given(
     st.floats(1e-12, 1e3),
-    st.integers(-(2**40), 2**40),
+    st.integers(0, 2**40),
     st.lists(st.text(st.characters(codec="ascii"), max_size=6), max_size=3),
 )
 def test_any_values_survive_the_file(lr, seed, sources) -> None:
@@ -262,3 +263,64 @@ def test_reading_a_recipe_keeps_no_state() -> None:
     first["optim"]["lr"] = 7
     assert read_recipe("qwen2_5_vl_3b-match")["optim"]["lr"] != 7
     assert parse_overrides([]) == {}
+
+
+@pytest.mark.parametrize(
+    "recipe, override, cause",
+    [
+        ("demo-compress", "match.learn_temperature=true", "objective 'compress'"),
+        ("demo-compress", "eval.root=/sets", "objective 'compress'"),
+        ("demo-compress", "eval.sets=[a]", "objective 'compress'"),
+        ("demo-compress", "model.lora.rank=8", "model.adapter 'none'"),
+        ("demo-compress", "data.limit=5", "data.format 'builtin'"),
+        ("demo-control", "compress.loss=kl", "objective 'match'"),
+        ("demo-control", "compress.visible=true", "objective 'match'"),
+        ("demo-control", "eval.path=questions.jsonl", "objective 'match'"),
+        ("demo-match", "model.path=x", "init_from, which names the model"),
+    ],
+)
+def test_an_override_without_effect_is_refused(recipe, override, cause) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ValueError) as caught:
+        check_effect(load_config(recipe, [override]), [override])
+    assert cause in str(caught.value) and key.rpartition(".")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.format=pairs", "data.path=x", "data.sources=[zz]"],
+        ["data.format=mmeb", "data.root=x", "data.min_score=3"],
+        ["data.format=pairs", "data.path=x", "data.turns=[1, 2]"],
+    ],
+)
+def test_a_key_of_another_format_is_refused(overrides) -> None:
+    with pytest.raises(ValueError, match=r"override data\.\w+ has no effect with data.format"):
+        check_effect(load_config("demo-control", overrides), overrides)
+
+
+def test_an_override_that_says_the_default_is_taken() -> None:
+    overrides = ["data.format=pairs", "data.path=x", "data.sources=[]", "data.min_score=2"]
+    check_effect(load_config("demo-control", overrides), overrides)
+    for recipe in recipe_names():  # what a recipe holds beside its own
+        check_effect(load_config(recipe), [])
+
+
+@pytest.mark.parametrize("words", [["optim=3", "optim.steps=2"], ["optim.steps=2", "optim=3"]])
+def test_a_section_given_a_value_and_keys(words) -> None:
+    with pytest.raises(ValueError, match=r"'optim' is given a value and keys"):
+        parse_overrides(words)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("optim.betas=[0.9, 1.5]", "optim.betas.1: "),
+        ("output=''", "output: "),
+        ("seed=-1", "seed: "),
+        ("data.turns=[5, 3]", "data: turns [5, 3]: expected (least, most)"),
+        ("compress={loss: kl, visible: true}", "the teacher sees the image too"),
+    ],
+)
+def test_values_out_of_range_name_their_key(override, said) -> None:
+    assert said in fails(override)

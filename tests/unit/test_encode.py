@@ -85,6 +85,17 @@ class TestEncode:
         want = Embedder(model_folder).encode(texts)
         assert np.abs(np.load(output) - want).max() < 1e-6
 
+    def test_a_column_that_comes_later(self, model_folder, tmp_path):
+        """JSON lines need not have the same keys: no image and no text is lost."""
+        file, output = tmp_path / "rows.jsonl", tmp_path / "out.npy"
+        (tmp_path / "1.png").write_bytes(png(1))
+        rows = [{"text": "a"}, {"text": "b", "image": "1.png"}, {"image": "1.png"}]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        argv = ["encode", str(model_folder), "--input", str(file), "--output", str(output)]
+        assert run([*argv, "--image-root", str(tmp_path), "--workers", "0"]) == 0
+        want = Embedder(model_folder).encode(["a", "b", None], [None, png(1), png(1)])
+        assert np.abs(np.load(output) - want).max() < 1e-6
+
     def test_npy_and_other_column_names(self, model_folder, tmp_path):
         file, output = tmp_path / "rows.parquet", tmp_path / "out.npy"
         pq.write_table(
@@ -106,7 +117,8 @@ class TestEncode:
             (['{"text": "a"}', '{"text": " "}'], [], "rows.jsonl line 2 is empty: it has neither"),
             (['{"text": "a"}', '{"text": 3}'], [], "line 2: text must be a text, got int"),
             (['{"text": "a"}', "{"], [], "rows.jsonl line 2: not valid JSON"),
-            (['{"text": "a"}', '{"image": "x.png"}'], ["--image-column", "image"], "no column"),
+            (['{"text": "a"}', '{"image": "x.png"}'], ["--image-column", "img"], "no column 'img'"),
+            (['{"text": "a"}', '{"image": "x.png"}'], [], "line 2: the image is given as a path"),
             (['{"image": "x.png"}'], [], "rows.jsonl line 1: the image is given as a path"),
             (['{"image": "x.png"}'], ["--image-root", "."], "line 1: image ./x.png does not"),
             (['{"image": "../x.png"}'], ["--image-root", "."], "rows.jsonl line 1: image path"),

@@ -155,6 +155,9 @@ def test_greedy_answers_one_word_after_the_other(visibility) -> None:
     found = greedy_answers(run, collator, DIALOGUES, visibility, batch_size=3, max_tokens=5)
     assert found == [slow_answer(d, visibility, 5) for d in DIALOGUES]
     assert any(found)
+    words = [len(collator.processing.encode(d.turns[-1].answer)) for d in DIALOGUES]
+    usual = greedy_answers(run, collator, DIALOGUES, visibility)
+    assert usual == [slow_answer(d, visibility, max(words) + 1) for d in DIALOGUES]
     shorter = greedy_answers(run, collator, DIALOGUES, visibility, max_tokens=1)
     assert all(len(a) <= len(b) for a, b in zip(shorter, found)) and shorter != found
 

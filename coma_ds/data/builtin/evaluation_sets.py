@@ -9,10 +9,13 @@ training shows in other styles, ``unseen`` (OOD) for held-out ones.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +25,11 @@ import pyarrow.parquet as pq
 from coma_ds.data.builtin.evaluation_rows import TASKS, EvaluationRows, Row
 from coma_ds.data.records import Picture, Side
 
+log = logging.getLogger("coma_ds")
+
 FILE = "test-00000-of-00001.parquet"
 INDEX = "sets.json"
+STAMP = "made_from.txt"  # what the files were made from, to know those of another version
 IMAGES = "images"
 HALVES = {"seen": "IND", "unseen": "OOD"}
 
@@ -98,14 +104,22 @@ def _table(rows: Sequence[Row], images: _ImageFiles) -> pa.Table:
 def write_mmeb_eval(root: Path) -> list[str]:
     """Write all evaluation sets below ``root`` and return their names, like ``name_t2i/seen``.
 
-    A finished ``root`` is left as it is.  The files are written to a temporary folder beside it
-    and moved in one step, so ``root`` is never half written; the same data give the same files.
+    A finished ``root`` of this version is left as it is, one of another version is replaced; a
+    folder that is not ours is a ``ValueError``.  The files are written to a temporary folder
+    beside it and moved in one step, so ``root`` is never half written; the same data give the same
+    files.
     """
     root = Path(root)
-    if (root / INDEX).is_file():
-        return _names(root)
+    stamp = _stamp()
     if root.exists():
-        raise ValueError(f"{root} exists but holds no {INDEX}; give an empty place or remove it")
+        if not all((root / name).is_file() for name in (INDEX, STAMP)):
+            raise ValueError(
+                f"{root} exists but holds no {INDEX} and {STAMP}; give an empty place or remove it"
+            )
+        if (root / STAMP).read_text() == stamp:
+            return _names(root)
+        log.info("%s is of another version: written again", root)
+        shutil.rmtree(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -138,3 +152,14 @@ def _write(folder: Path) -> None:
             pq.write_table(table, file, compression="zstd")
             index.append({"name": name, "group": group, "domain": domain})
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (folder / STAMP).write_text(_stamp())
+
+
+@cache
+def _stamp() -> str:
+    """A digest of the pictures and of the code that makes sets of them."""
+    state = hashlib.blake2b(digest_size=16)
+    here = Path(__file__).parent
+    for file in (*sorted(here.glob("*.parquet")), *sorted(here.glob("*.py"))):
+        state.update(file.read_bytes())
+    return state.hexdigest() + "\n"
