@@ -76,7 +76,8 @@ def choose(op: str, *tensors: torch.Tensor | None, supported: str | None = None)
     """``"triton"`` or ``"torch"`` for one call of ``op`` on ``tensors`` (None is passed over).
 
     ``supported`` is None where the kernel serves the call, else why it does not ("float64 input").
-    A choice is logged the first time that it is made for its reason.
+    A choice is logged (at level debug: a run says it at its start) the first time that it is made
+    for its reason.
 
     Raises ``ValueError`` for an unknown mode, for tensors on several devices, and for
     ``COMA_KERNELS=triton`` where Triton cannot run.
@@ -88,7 +89,7 @@ def choose(op: str, *tensors: torch.Tensor | None, supported: str | None = None)
     choice, reason = _decide(op, devices.pop(), supported)
     if (op, choice, reason) not in _said:
         _said.add((op, choice, reason))
-        log.info("%s: %s (%s)", op, choice, reason)
+        log.debug("%s: %s (%s)", op, choice, reason)
     return choice
 
 

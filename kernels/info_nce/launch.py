@@ -194,7 +194,7 @@ def finish(
         TEMPERATURES=settings.temperatures,
         OWN=settings.own,
         BLOCK_R=32,
-        BLOCK_T=32,
+        BLOCK_T=16,
     )
 
 

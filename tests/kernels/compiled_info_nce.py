@@ -93,7 +93,7 @@ def small(name: str, card: int):
     constants = {
         "cosines": {"TEMPERATURES": 2, "OWN": 2, "MARGIN": True, **wide},
         "gather": {"BLOCK": 256},
-        "finish": {"TEMPERATURES": 2, "OWN": 2, "BLOCK_R": 32, "BLOCK_T": 32},
+        "finish": {"TEMPERATURES": 2, "OWN": 2, "BLOCK_R": 32, "BLOCK_T": 16},
         "spread": {"OWN": 2, "INTERPRETED": False, **wide},
         "collect": wide,
         "rescale": {"BLOCK": 4096},

@@ -180,6 +180,7 @@ def definition(case: Case) -> dict[str, torch.Tensor]:
     if isinstance(positive, int):
         positive = torch.arange(positive, positive + case.rows)
     ids = arguments.get("false_negatives")
+    nothing = sum(x.sum() for x in leaves.values()) * 0  # gradients also where no negative is
     losses = []
     for row, place in enumerate(positive.tolist()):
         own = query[row] @ target[place]
@@ -204,7 +205,7 @@ def definition(case: Case) -> dict[str, torch.Tensor]:
         for h in range(case.own):
             if ids is None or ids.own_negative_ids_NH[row, h] != answer:
                 cosines.append(query[row] @ leaves["own"][row, h])
-        total = torch.zeros((), dtype=WIDE)
+        total = nothing
         for s in cosines:
             if case.margin is None or s <= own + case.margin:
                 weight = torch.exp(case.hardness * s.detach())

@@ -81,7 +81,7 @@ def test_devices_may_not_differ(machine) -> None:
 def test_said_once_for_each_reason(machine, monkeypatch, caplog) -> None:
     machine()
     monkeypatch.setattr(choice, "_said", set())
-    with caplog.at_level(logging.INFO, logger="coma_ds"):
+    with caplog.at_level(logging.DEBUG, logger="coma_ds"):
         for supported in (None, None, "x", "x"):
             assert choose("op", CPU, supported=supported) == "torch"
         machine("torch")

@@ -155,7 +155,7 @@ def test_matryoshka_cuts_every_embedding_and_normalises() -> None:
         cut = (x if width == 8 else F.normalize(x[..., :width], dim=-1) for x in given)
         q, t, o, a = cut
         wanted += weight * info_nce(q, t, own_negative_NHD=o, query_all_PD=a, **args)
-    assert found.item() == pytest.approx(float(wanted), rel=1e-12)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
     for a, b in zip(*(torch.autograd.grad(x, (query, target)) for x in (found, wanted))):
         assert torch.allclose(a, b, atol=1e-12)
 

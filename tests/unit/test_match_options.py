@@ -148,7 +148,8 @@ def test_rounded_embeddings_give_nearly_the_same_loss():
     assert 0 < abs(float(rounded - exact)) < 0.05 * float(exact)
 
 
-def test_the_start_up_report_says_which_loss_and_why():
+def test_the_start_up_report_says_which_loss_and_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     match = MatchConfig(
         temperature=0.05,
         task_temperature={"vqa": 0.1},
