@@ -75,7 +75,7 @@ def evaluate_ranking(
             workers=config.data.workers,
         )
 
-    results = evaluate(tasks, encode, watch)
+    results = evaluate(tasks, encode, watch, config.match.matryoshka)
     if config.eval.root is None:
         for task in tasks:
             if task.name.startswith(IMAGE_TO_IMAGE):

@@ -1,7 +1,7 @@
 """The packed batch, and its padded views.
 
-Shapes: B samples, T tokens of all samples, L columns of the padded view, K compression tokens a
-sample, I images, P patches, C values of a patch, F image tokens.
+Shapes: B samples, N pairs, T tokens of all samples, L columns of the padded view, K compression
+tokens a sample, I images, P patches, C values of a patch, F image tokens.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Batch:
     loss and -100 elsewhere: the row that predicts it is the one before.  ``lengths_B3`` int64 on
     the host: lengths of the three segments.  ``image_counts_B`` int64 on the host.  The image
     tokens of the batch, in packed order, take the rows ``feature_rows_F`` of the features of
-    ``images`` (or of the batch that this one was split from).
+    ``images`` (or of the batch that this one was split from).  The facts of the N pairs are not in
+    the parts of a batch.
     """
 
     input_ids_T: torch.Tensor
@@ -99,6 +100,8 @@ class Batch:
     content_ids_B: torch.Tensor
     images: ImageBatch | None = None
     pairs: int = 0  # stage 2: the first samples are queries, as many targets follow, then negatives
+    negative_counts_N: torch.Tensor | None = None  # of each pair, int64 on the host, like its task
+    task_ids_N: torch.Tensor | None = None
     truncated: int = 0  # samples that lost text to the longest length; parts do not carry it
 
     def __len__(self) -> int:

@@ -52,10 +52,12 @@ def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
     if thorough:
         log.info("the config of this run:\n%s", dump(config).rstrip())
     looks = DRY_RUN if thorough else EVERY_RUN
+    tasks: set[str] = set()
     for name, reader in data.sources.readers.items():
         built = min(len(reader), GENERATED if config.data.format == "builtin" else looks.built)
-        for row in _spread(built, len(reader)):
-            check_texts(reader[row], data.collator.processing)
+        for record in (reader[row] for row in _spread(built, len(reader))):
+            check_texts(record, data.collator.processing)
+            tasks.add(getattr(record, "task", ""))
         check_sample(reader, rows=min(looks.found, built), opened=looks.decoded)
         rows, longest = _spread(looks.collated, len(reader)), 0
         for start in range(0, len(rows), AT_A_TIME):
@@ -64,6 +66,7 @@ def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
         if thorough:
             words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
             log.info(words, name, built, len(reader), longest)
+    check_tasks(config, tasks)
     check_evaluation(config, data.collator, thorough)
     if thorough:
         log.info("%s", arithmetic(config, data))
@@ -72,6 +75,17 @@ def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
 def _spread(count: int, length: int) -> list[int]:
     count = min(count, length)
     return [i * length // count for i in range(count)]
+
+
+def check_tasks(config: RunConfig, seen: set[str]) -> None:
+    """Raise ``ValueError`` for a temperature of a task that none of the rows has."""
+    if config.objective == "match":
+        for name in config.match.task_temperature:
+            if name not in seen:
+                raise ValueError(
+                    f"match.task_temperature: no task {name!r} in the rows looked at, which have "
+                    f"{', '.join(sorted(seen)[:20])}"
+                )
 
 
 def check_texts(record: Pair | Dialogue, processing: Processing) -> None:

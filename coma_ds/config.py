@@ -67,6 +67,7 @@ class ModelConfig(Section):
     compression_tokens: int = Field(32, ge=0)
     bottleneck: Literal["kv", "last_hidden"] = "kv"
     pooling: Literal["mean", "attention", "last"] = "mean"
+    pooling_heads: int = Field(1, ge=1)  # of attention pooling
     adapter: Literal["none", "lora", "dora"] = "none"
     lora: LoRAConfig = LoRAConfig()
     train_vision: bool = False
@@ -82,6 +83,11 @@ class ModelConfig(Section):
         low, high = self.min_vision_tokens, self.max_vision_tokens
         if low and high and low > high:
             raise ValueError(f"min_vision_tokens {low} is above max_vision_tokens {high}")
+        if self.pooling_heads > 1 and self.pooling != "attention":
+            raise ValueError(
+                f"pooling_heads {self.pooling_heads} has no effect with pooling {self.pooling!r}: "
+                "use 'attention'"
+            )
         tokens = self.compression_tokens
         if (high or 0) + tokens >= self.max_length:
             images = f"max_vision_tokens {high} and " if high else ""
@@ -137,11 +143,39 @@ class CompressConfig(Section):
 
 
 class MatchConfig(Section):
-    """Stage 2."""
+    """Stage 2.  Cosines are in -1..1; what each option does: ``coma_ds.kernels.info_nce``."""
 
     temperature: float = Field(0.03, gt=0)
+    task_temperature: dict[str, Annotated[float, Field(gt=0)]] = {}  # by task (source) name
     learn_temperature: bool = False
-    mask_false_negatives: bool = True
+    mask_false_negatives: bool = True  # equal content never competes, across ranks too
+    false_negative_margin: float | None = None  # nor does a cosine above the positive's plus this
+    hardness: float = Field(0.0, ge=0)  # a negative counts exp(hardness * cosine) times
+    hard_negatives: Literal["shared", "own"] = "shared"  # of all rows and ranks, or of their pair
+    query_negatives: bool = False  # the other queries compete too
+    target_negatives: bool = False  # as do the other targets as seen from the positive
+    symmetric: bool = False  # and from targets to queries, half and half
+    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] = ()  # widths that are trained as well
+    matryoshka_weights: tuple[Annotated[float, Field(gt=0)], ...] = ()  # one each; empty: all 1
+    loss_dtype: Literal["fp32", "bf16"] = "fp32"  # what embeddings are rounded to in the loss
+
+    @model_validator(mode="after")
+    def _options_fit(self):
+        if self.symmetric:
+            one_way = ("query_negatives", "target_negatives")
+            clash = [name for name in one_way if getattr(self, name)]
+            clash += ["hard_negatives 'own'"] * (self.hard_negatives == "own")
+            if clash:
+                raise ValueError(f"symmetric does not go with {clash[0]}: leave one of them out")
+        widths, weights = self.matryoshka, self.matryoshka_weights
+        if list(widths) != sorted(set(widths)):
+            raise ValueError(f"matryoshka {list(widths)}: expected increasing widths")
+        if weights and len(weights) != len(widths):
+            raise ValueError(
+                f"matryoshka_weights {list(weights)}: expected one for each of the "
+                f"{len(widths)} widths of matryoshka"
+            )
+        return self
 
 
 class ChunkConfig(Section):
@@ -292,46 +326,6 @@ def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunCo
     over = parse_overrides(overrides or [])
     _check_keys(over, known, "override")
     return validate(merge(tree, over))
-
-
-_FORMATS = {  # the keys of data that a format reads, beside those that all of them do
-    "builtin": ("length", "turns", "sources"),
-    "mmeb": ("root", "image_root", "sources", "split", "limit", "leave_out_empty"),
-    "pairs": ("path", "image_root", "limit", "min_score", "columns"),
-    "dialogues": ("path", "image_root", "limit"),
-}
-
-
-def check_effect(config: RunConfig, overrides: list[str]) -> None:
-    """Raise ``ValueError`` for an override that changes nothing of this run.
-
-    A recipe may hold such keys, its heirs can use them; on a command line they are a mistake.
-    """
-    over = parse_overrides(overrides)
-    matching, of_format = config.objective == "match", _FORMATS[config.data.format]
-    objective = f"objective {config.objective!r}"
-    idle = {key: objective for key in (("compress",) if matching else ("match",))}
-    idle |= dict.fromkeys(
-        ("eval.path", "eval.bottleneck_questions") if matching else ("eval.root", "eval.sets"),
-        objective,
-    )
-    idle |= {
-        f"data.{key}": f"data.format {config.data.format!r}"
-        for key in {key for keys in _FORMATS.values() for key in keys} - {*of_format}
-    }
-    if config.model.adapter == "none":
-        idle["model.lora"] = "model.adapter 'none'"
-    if config.init_from:
-        idle["model.path"] = "init_from, which names the model"
-    for key, cause in idle.items():
-        section, _, leaf = key.partition(".")
-        node = over.get(section, {})
-        given = node if not leaf else {leaf: node[leaf]} if leaf in node else {}
-        part = getattr(config, section)
-        for name in given:
-            fields = type(part).model_fields
-            if getattr(part, name) != fields[name].get_default():
-                raise ValueError(f"override {section}.{name} has no effect with {cause}")
 
 
 def validate(tree: dict) -> RunConfig:

@@ -118,8 +118,10 @@ def ranking_tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[l
     tables = []
     if len(results["sets"]) > 1:
         columns = [column for column in COLUMNS if column in groups]
-        row = ["P@1", *(f"{100 * groups[column]:.1f}" for column in columns)]
-        tables.append(("0 means", ["%", *columns], [row]))
+        means = {"P@1": groups}
+        means |= {f"width {width}": of for width, of in results.get("widths", {}).items()}
+        rows = [[name, *(f"{100 * of[c]:.1f}" for c in columns)] for name, of in means.items()]
+        tables.append(("0 means", ["%", *columns], rows))
     by_group: dict[str, list[list[str]]] = {}
     for name, values in results["sets"].items():
         figures = [f"{100 * values[key]:.1f}" for key in ("p@1", "recall@10")]
@@ -149,6 +151,10 @@ def curves(
         values[f"group/{name}"] = value
         if means:
             tags[f"group/{name}"] = f"val/{name}"
+    for width, groups in results.get("widths", {}).items():
+        values[f"width/{width}"] = groups["All"]
+        if means:
+            tags[f"width/{width}"] = f"val width/{width}"
     for kind, row in results.get("bottleneck", {}).items():
         for way, value in row.items():
             values[f"{kind}/{way}"] = value

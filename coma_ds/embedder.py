@@ -22,6 +22,7 @@ from coma_ds.data.images import BytesPicture, decode, upright_rgb
 from coma_ds.data.pairs import compose_side
 from coma_ds.data.processing import MODEL_EXTRAS, read_extras
 from coma_ds.data.records import Picture, Side
+from coma_ds.evaluation import shortened
 from coma_ds.inference import encode_sides
 from coma_ds.model.loading import load_finished, resolve_model
 
@@ -71,6 +72,7 @@ class Embedder:
         config = ModelConfig(
             compression_tokens=extras["compression_tokens"],
             pooling=extras["pooling"],
+            pooling_heads=extras.get("pooling_heads", 1),
             max_length=extras["max_length"],
         )
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,6 +93,7 @@ class Embedder:
         texts: Sequence[str | None] | None = None,
         images: Sequence[Any] | None = None,
         *,
+        width: int | None = None,
         batch_size: int = 32,
         workers: int = 0,
     ) -> np.ndarray:
@@ -102,15 +105,21 @@ class Embedder:
             images: one for each input: a path, the bytes of a file, a PIL image, a list of these
                 (``<|image_2|>`` is the second), or None for an input without.  Both given, they
                 are zipped.
+            width: E, below that of the model: the first numbers alone, normalised again, for a
+                model that was trained with ``match.matryoshka``.
             batch_size: inputs that go through the model together.
             workers: processes that read and cut images meanwhile.
 
         Raises:
             ValueError: neither texts nor images, different numbers of them, an input that is
-                empty or of the wrong type, an image that cannot be read; named by its number.
+                empty or of the wrong type, an image that cannot be read; named by its number;
+                a width out of range.
         """
+        if width is not None and not 0 < width <= self.width:
+            raise ValueError(f"width is {width}, the model's vectors have {self.width} numbers")
         sides = build_sides(texts, images)
-        return self.encode_sides(sides, batch_size=batch_size, workers=workers)
+        emb_NE = self.encode_sides(sides, batch_size=batch_size, workers=workers)
+        return emb_NE if width is None else shortened(torch.from_numpy(emb_NE), width).numpy()
 
     def encode_sides(
         self,

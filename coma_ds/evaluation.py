@@ -94,6 +94,7 @@ def evaluate(
     tasks: Sequence[RankingTask],
     encode: Encode,
     watch: Callable[[RankingTask, Tensor, Tensor], None] | None = None,
+    widths: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Rank every task and sum up.
 
@@ -105,15 +106,19 @@ def evaluate(
         tasks: names must differ.
         encode: what the model does; see :data:`Encode`.
         watch: called after each task with query_emb_QE and pool_emb_PE, for displays.
+        widths: of Matryoshka embeddings: the first so many numbers, normalised again, rank too.
 
     Returns:
         ``{"sets": {name: {...}}, "groups": {...}}``.  A set has ``p@1, recall@5, recall@10``,
         ``queries``, ``candidates`` (mean number a query), ``chance`` (mean of one over that
         number), ``ties``, ``group`` and ``domain``.  A group is the mean of ``p@1`` over its
         sets: Cls, VQA, Ret, VG, IND, OOD, All; one without sets is absent.  Values in 0..1.
+        With widths a set has ``widths``, ``p@1`` by width, and so have the results, groups by
+        width (as text, JSON's keys).
 
     Raises:
-        ValueError: two tasks of one name, or ``encode`` returns something else than asked for.
+        ValueError: two tasks of one name, ``encode`` returns something else than asked for, or a
+            width above that of the embeddings.
     """
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
@@ -127,31 +132,68 @@ def evaluate(
         query_emb_QE, pool_emb_PE = emb_NE[: len(task.queries)], emb_NE[len(task.queries) :]
         try:
             rank_Q, tied_Q = rank_gold(query_emb_QE, pool_emb_PE, task.candidates)
+            sets[task.name] = _summary(task, rank_Q, tied_Q)
+            if widths:
+                sets[task.name]["widths"] = {
+                    str(width): _precision_of(width, query_emb_QE, pool_emb_PE, task.candidates)
+                    for width in widths
+                }
         except ValueError as error:
             raise ValueError(f"evaluation set {task.name}: {error}") from None
-        sets[task.name] = _summary(task, rank_Q, tied_Q)
         log.info("%s: P@1 %.4f", task.name, sets[task.name]["p@1"])
         if watch is not None:
             watch(task, query_emb_QE, pool_emb_PE)
-    return {"sets": sets, "groups": group_means(sets)}
+    return summed_up(sets)
+
+
+def summed_up(sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The results of these sets, as :func:`evaluate`: a width counts where every set has it."""
+    results: dict[str, Any] = {"sets": sets, "groups": group_means(sets)}
+    known = [list(row.get("widths", ())) for row in sets.values()]
+    if shared := [width for width in known[0] if all(width in k for k in known)] if known else []:
+        results["widths"] = {
+            width: _means(sets, lambda row, width=width: row["widths"][width]) for width in shared
+        }
+    return results
 
 
 def group_means(sets: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Mean ``p@1`` over the sets of each group, of each domain and of all, as :func:`evaluate`."""
-    columns = {column: _column(sets, column) for column in COLUMNS}
+    return _means(sets, lambda row: row["p@1"])
+
+
+def _means(sets: dict[str, dict[str, Any]], value: Callable[[dict], float]) -> dict[str, float]:
+    columns = {column: [value(row) for row in _column(sets, column)] for column in COLUMNS}
     return {column: sum(found) / len(found) for column, found in columns.items() if found}
 
 
-def _column(sets: dict[str, dict[str, Any]], column: str) -> list[float]:
-    return [s["p@1"] for s in sets.values() if column in (s["group"], s["domain"], "All")]
+def _column(sets: dict[str, dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    return [row for row in sets.values() if column in (row["group"], row["domain"], "All")]
+
+
+def _precision_of(width: int, query_emb_QE: Tensor, pool_emb_PE: Tensor, candidates) -> float:
+    if not 0 < width <= query_emb_QE.shape[1]:
+        raise ValueError(f"width {width}: the embeddings have {query_emb_QE.shape[1]} numbers")
+    shorter = [shortened(emb, width) for emb in (query_emb_QE, pool_emb_PE)]
+    hits_Q, _ = precision_at_1(*shorter, candidates)
+    return float(hits_Q.double().mean())
+
+
+def shortened(emb_NE: Tensor, width: int) -> Tensor:
+    """The first ``width`` numbers of each embedding, of unit length again."""
+    return torch.nn.functional.normalize(emb_NE[:, :width], dim=1)
 
 
 def format_table(results: dict[str, Any]) -> str:
     """The table of the paper in percent, with the sets behind each mean, then a line a set."""
-    groups = results["groups"]
-    figures = [f"{100 * groups[c]:.1f}" if c in groups else "-" for c in COLUMNS]
+    means = {"mean": results["groups"]}
+    means |= {f"width {width}": groups for width, groups in results.get("widths", {}).items()}
+    figures = [
+        [name, *(f"{100 * groups[c]:.1f}" if c in groups else "-" for c in COLUMNS)]
+        for name, groups in means.items()
+    ]
     counts = [str(len(_column(results["sets"], column))) for column in COLUMNS]
-    head = _aligned([["P@1 in %", *COLUMNS], ["mean", *figures], ["sets", *counts]])
+    head = _aligned([["P@1 in %", *COLUMNS], *figures, ["sets", *counts]])
     lines = [["set", "group", "domain", "P@1", "R@5", "R@10", "chance", "ties", "queries", "cand."]]
     for name, values in results["sets"].items():
         lines.append([

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
+
 from coma_ds import comm
 from coma_ds.assemble import TrainingData
-from coma_ds.config import RunConfig
+from coma_ds.config import MatchConfig, RunConfig
 from coma_ds.engine import Engine
+from coma_ds.kernels.dispatch import outlook
 
 ATTENTION = {
     "split": "split form of the visibility rule, two causal calls (a mask in the first one where "
@@ -22,6 +25,31 @@ def size(parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def describe_loss(match: MatchConfig, device: torch.device) -> str:
+    """Which InfoNCE, on which path, and why that one."""
+    temperatures = [f"{match.temperature}"]
+    temperatures += [f"{name} {value}" for name, value in match.task_temperature.items()]
+    learned = " (learned)" if match.learn_temperature else ""
+    options = {
+        "symmetric": match.symmetric,
+        "queries as negatives": match.query_negatives,
+        "targets against targets": match.target_negatives,
+        "hard negatives of their own row alone": match.hard_negatives == "own",
+        f"margin {match.false_negative_margin}": match.false_negative_margin is not None,
+        f"hardness {match.hardness}": match.hardness > 0,
+        f"widths {list(match.matryoshka)}": bool(match.matryoshka),
+        "rounded to bf16": match.loss_dtype == "bf16",
+    }
+    said = "".join(f", {name}" for name, given in options.items() if given)
+    path, values = _path("info_nce", device), ", ".join(temperatures)
+    return f"InfoNCE ({path}); temperature {values}{learned}{said}"
+
+
+def _path(op: str, device: torch.device) -> str:
+    choice, reason = outlook(op, device)
+    return f"{choice}: {reason}"
+
+
 def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: str) -> list[str]:
     """The start-up report, line by line: what is trained, how, and why not faster."""
     model = engine.model
@@ -31,6 +59,11 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     adapter = "full training" if config.model.adapter == "none" else config.model.adapter
     tower = "trained" if model.vision_is_trained else "frozen"
     tokens = config.model.compression_tokens
+    pooling = config.model.pooling
+    if pooling == "attention":
+        pooling += f" of {config.model.pooling_heads} head(s)"
+    if pooling != "last" and config.objective == "match":
+        pooling += f" ({_path('attention_pool', engine.device)})"
     world = comm.world_size()
     images = data.collator.processing.image_processor
     unit = (images.patch_size * images.merge_size) ** 2
@@ -56,8 +89,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
             teacher = " to this model as it is now and sees the image (no adapter to switch off)"
     loss = {
         "compress": f"{config.compress.loss}{teacher} over answer tokens, logits in chunks, {rule}",
-        "match": "InfoNCE in plain torch, chunked; temperature "
-        f"{config.match.temperature}{' (learned)' if config.match.learn_temperature else ''}",
+        "match": describe_loss(config.match, engine.device),
     }[config.objective]
     sources = ", ".join(f"{n} ({len(r)})" for n, r in data.sources.readers.items())
     return [
@@ -65,7 +97,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         f"model      {backbone.lm.config.model_type} from {source} ({config.model.weights}), "
         f"{total / 1e6:.1f} M parameters",
         f"trained    {trained / 1e6:.3f} M: {adapter}, vision tower {tower}, "
-        f"{tokens} compression tokens ({config.model.bottleneck}), pooling {config.model.pooling}",
+        f"{tokens} compression tokens ({config.model.bottleneck}), pooling {pooling}",
         f"world      {world} rank(s) on {engine.device.type}, ZeRO-{engine.stage} "
         f"({config.deepspeed}), {config.precision}",
         f"attention  {attention}; {path}",

@@ -22,7 +22,8 @@ from typing import NoReturn
 from coma_ds import engine
 from coma_ds.assemble import build_data, build_engine, build_objective, build_processing
 from coma_ds.checks import check_run
-from coma_ds.config import RunConfig, check_effect, load_config
+from coma_ds.config import RunConfig, load_config
+from coma_ds.effects import check_effect
 from coma_ds.entry import entry_point
 from coma_ds.run import Run
 from coma_ds.step import accumulate, grad_cache

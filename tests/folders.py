@@ -60,7 +60,12 @@ def base_folder(
 
 
 def load(
-    folder: Path, *, precision: str = "fp32", matching: bool = True, **model
+    folder: Path,
+    *,
+    precision: str = "fp32",
+    matching: bool = True,
+    match: MatchConfig | None = None,
+    **model,
 ) -> tuple[CompressionModel, Processing]:
     """A model as a run of stage 2 (or 1) builds it, whole; ``model`` are keys of ``ModelConfig``.
 
@@ -73,7 +78,7 @@ def load(
     ids = processing.compression_ids
     built = build_model(
         config,
-        MatchConfig(),
+        match or MatchConfig(),
         matching=matching,
         source=str(folder),
         first_id=ids[0] if ids else 0,
@@ -109,6 +114,7 @@ def export(
     settings = ModelConfig(
         compression_tokens=len(processing.compression_ids),
         pooling=model.pooling.kind,
+        pooling_heads=model.pooling.heads,
         max_length=processing.max_length,
     )
     if not settings.compression_tokens:

@@ -15,6 +15,7 @@ from coma_ds.batch import IGNORE, Batch, ImageBatch
 from coma_ds.config import ModelConfig
 from coma_ds.data.collate import rope_positions
 from coma_ds.data.processing import Processing, load_processing
+from coma_ds.data.records import digest_id
 from coma_ds.model.adapters import add_adapter
 from coma_ds.model.backbone import FAMILIES, Backbone
 from coma_ds.model.embedder import CompressionModel, Temperature
@@ -104,8 +105,9 @@ def tiny_model(
     backbone = Backbone(lm, carrier, arithmetic)
     rows = CompressionTokens(tokens, backbone.width, first_id)
     rows.initialise(lm.get_input_embeddings().weight, seed)
-    learned = Temperature(temperature) if temperature else None
-    pooling = Pooling(config.pooling, backbone.width)
+    starts = temperature if isinstance(temperature, list | tuple) else [temperature]
+    learned = Temperature(*starts) if temperature else None
+    pooling = Pooling(config.pooling, backbone.width, config.pooling_heads)
     built = CompressionModel(backbone, rows, pooling, learned, bottleneck)
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -119,12 +121,15 @@ def make_batch(
     *,
     seed: int = 0,
     pairs: int = 0,
+    negative_counts: list[int] | None = None,
+    tasks: list[str] | None = None,
     tokens: int = K,
     first_id: int = FIRST_ID,
 ) -> Batch:
     """A packed batch; each sample says ``images`` (list of (height, width) in merged cells),
     ``text`` (context tokens after the images), ``dialogue`` (its length), ``answers`` (pairs of
-    begin and end inside it) and ``content``; ``tokens`` compression tokens stand in each."""
+    begin and end inside it) and ``content``; ``tokens`` compression tokens stand in each.  Pairs
+    have ``negative_counts`` and ``tasks``."""
     noise = torch.Generator().manual_seed(seed)
 
     def words(count):
@@ -166,6 +171,8 @@ def make_batch(
         content_ids_B=torch.tensor(contents),
         images=images,
         pairs=pairs,
+        negative_counts_N=None if negative_counts is None else torch.tensor(negative_counts),
+        task_ids_N=tasks and torch.tensor([digest_id(name.encode()) for name in tasks]),
     )
 
 

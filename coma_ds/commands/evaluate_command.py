@@ -65,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
         )
 
     from coma_ds import comm, engine
-    from coma_ds.evaluation import group_means, write_results
+    from coma_ds.evaluation import summed_up, write_results
     from coma_ds.run import log_to_stderr
 
     device = engine.start()
@@ -79,8 +79,7 @@ def execute(args: argparse.Namespace) -> int:
         if (
             args.sets and not args.root and "sets" in before
         ):  # the others stay, and the means are those of all
-            results["sets"] = before["sets"] | results["sets"]
-            results["groups"] = group_means(results["sets"])
+            results = summed_up(before["sets"] | results["sets"])
         write_results(file, before | results)
         sys.stdout.write(f"{text}\n-> {file}\n")
     return 0

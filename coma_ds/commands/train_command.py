@@ -49,7 +49,8 @@ def execute(args: argparse.Namespace) -> int:
 
     Raises ``ValueError`` for a config or a number of ranks that is wrong.
     """
-    from coma_ds.config import check_effect, load_config
+    from coma_ds.config import load_config
+    from coma_ds.effects import check_effect
 
     check_effect(load_config(args.recipe, args.overrides), args.overrides)
     command, environment, ranks = launch(args.num)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -95,18 +95,24 @@ class Collator:
         """Queries, then targets, then all negatives, as samples without a dialogue."""
         rows = [(p.query, p.name) for p in pairs] + [(p.target, p.name) for p in pairs]
         rows += [(side, p.name) for p in pairs for side in p.negatives]
-        return self._sides(rows, len(pairs))
+        batch = self._sides(rows)
+        return replace(
+            batch,
+            pairs=len(pairs),
+            negative_counts_N=torch.tensor([len(p.negatives) for p in pairs], dtype=torch.int64),
+            task_ids_N=torch.tensor([p.task_id() for p in pairs], dtype=torch.int64),
+        )
 
     def sides(self, sides: Sequence[Side]) -> Batch:
         """Any sides as samples that end with the K tokens."""
-        return self._sides([(side, "") for side in sides], 0)
+        return self._sides([(side, "") for side in sides])
 
-    def _sides(self, rows: Sequence[tuple[Side, str]], pairs: int) -> Batch:
+    def _sides(self, rows: Sequence[tuple[Side, str]]) -> Batch:
         samples, pixels = [], []
         for side, name in rows:
             with named(name):
                 samples.append(self._side(side, pixels))
-        return self._pack(samples, pixels, pairs)
+        return self._pack(samples, pixels)
 
     def dialogues(self, dialogues: Sequence[Dialogue], *, prompt_only: bool = False) -> Batch:
         """Dialogues as samples; with ``prompt_only`` each ends where its last answer begins.
@@ -118,7 +124,7 @@ class Collator:
         for dialogue in dialogues:
             with named(dialogue.name):
                 samples.append(self._dialogue(dialogue, pixels, prompt_only))
-        return self._pack(samples, pixels, 0)
+        return self._pack(samples, pixels)
 
     def _image(self, picture: Picture, pixels: list, grids: list) -> list[int]:
         p = self.processing
@@ -181,7 +187,7 @@ class Collator:
             labels += [IGNORE] * (len(between) + len(question)) + answer
         return Sample(context, p.compression_ids, ids, labels, grids, truncated=truncated)
 
-    def _pack(self, samples: list[Sample], pixels: list[np.ndarray], pairs: int) -> Batch:
+    def _pack(self, samples: list[Sample], pixels: list[np.ndarray]) -> Batch:
         p = self.processing
         merge_size = p.image_processor.merge_size
         ids, labels, positions, lengths = [], [], [], []
@@ -208,6 +214,5 @@ class Collator:
             feature_rows_F=torch.arange(sum(features)),
             content_ids_B=torch.tensor([s.content_id for s in samples], dtype=torch.int64),
             images=images,
-            pairs=pairs,
             truncated=sum(s.truncated for s in samples),
         )

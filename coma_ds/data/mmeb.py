@@ -70,7 +70,7 @@ class MMEBTrain:
             table, f"{root_or_hub}/{subset}", ("qry", "pos_text"), ", ".join(TRAIN_COLUMNS)
         )
         self._table = table = table if limit is None else table.head(limit)
-        self._image_root = image_root
+        self._image_root, self._task = image_root, subset
         self._columns = [text_column(table, name) for name in TRAIN_COLUMNS]
         self._rows = np.arange(len(table))
         if leave_out_empty:
@@ -95,6 +95,7 @@ class MMEBTrain:
             target=target,
             negatives=(negative,) if negative.text.strip() else (),
             name=self._where(row),
+            task=self._task,
         )
 
     def _where(self, row: int) -> str:

@@ -10,6 +10,7 @@
 ``negative_images`` image or list, one for each negative; null where one has none
 ``instruction``     text put before the query
 ``score``           number; rows below ``min_score`` are left out
+``task``            name of the row's task, for a temperature per task; else the file's name
 =================== ==================================================================
 
 A query and a target need a text or an image, so at least one of the two columns each; the rest
@@ -35,7 +36,7 @@ from coma_ds.data.tables import ArrowTable, Table, open_table
 
 COLUMNS = (
     "query", "query_image", "target", "target_image",
-    "negatives", "negative_images", "instruction", "score",
+    "negatives", "negative_images", "instruction", "score", "task",
 )  # fmt: skip
 _SIDES = COLUMNS[:4]
 _LISTS = ("query_image", "target_image", "negatives", "negative_images")
@@ -102,6 +103,7 @@ class PairFile:
             target=self._side(cells, "target", where),
             negatives=self._negatives(cells, where),
             name=where,
+            task=_text(cells, "task", where) or os.path.basename(self.path),
         )
 
     def _existing(self, names: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,14 @@ from PIL import Image
 IMAGE_MARK = re.compile(r"<\|image_\d+\|>")
 
 
+def digest_id(content: bytes, *more: bytes) -> int:
+    """A signed 64-bit digest: equal bytes, equal id."""
+    state = hashlib.blake2b(content, digest_size=8)
+    for part in more:
+        state.update(part)
+    return int.from_bytes(state.digest(), "little", signed=True)
+
+
 def image_mark(position: int) -> str:
     """The mark of the image at ``position`` (from 0) of its side."""
     return f"<|image_{position + 1}|>"
@@ -56,10 +64,7 @@ class Side:
 
     def content_id(self) -> int:
         """A signed 64-bit digest of text and images: equal content has an equal id."""
-        state = hashlib.blake2b(self.text.encode(), digest_size=8)
-        for picture in self.images:
-            state.update(picture.digest())
-        return int.from_bytes(state.digest(), "little", signed=True)
+        return digest_id(self.text.encode(), *(picture.digest() for picture in self.images))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,11 @@ class Pair:
     target: Side
     negatives: tuple[Side, ...] = ()
     name: str = ""  # file and row, for messages
+    task: str = ""  # what a temperature per task goes by: the source, or a column of the file
+
+    def task_id(self) -> int:
+        """A signed 64-bit digest of the task's name."""
+        return digest_id(self.task.encode())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,22 @@ from coma_ds.data.processing import COMPRESSION_TOKEN, POOLING_FILE
 POOL = {
     "mean": "rows.mean(0)",
     "last": "rows[-1]",
-    "attention": "torch.softmax(rows @ query * len(query) ** -0.5, 0) @ rows",
+    "attention": "attend(rows.view(K, *query.shape))",
 }
 POOL_WORDS = {
     "mean": "the mean of their final hidden states",
     "last": "the final hidden state of the last of them",
     "attention": f"the mean of their final hidden states weighted by attention (`{POOLING_FILE}`)",
 }
+ATTEND = f"""query = load_file(f"{{{{folder}}}}/{POOLING_FILE}")["query"].view({{heads}}, -1)
+
+
+def attend(rows):
+    weights = torch.softmax((rows * query).sum(-1) * query.shape[1] ** -0.5, 0)
+    return (weights[..., None] * rows).sum(0).flatten()
+
+
+"""
 EMBEDDER = """```python
 from coma_ds import Embedder
 
@@ -87,7 +96,7 @@ def _use(config: RunConfig) -> str:
     attention = kind == "attention"
     stock = STOCK.format(
         imports="from safetensors.torch import load_file\n" if attention else "",
-        setup=f'query = load_file(f"{{folder}}/{POOLING_FILE}")["query"]\n' if attention else "",
+        setup=ATTEND.format(heads=config.model.pooling_heads) if attention else "",
         count=count,
         token=COMPRESSION_TOKEN.format("{k}"),
         pool=POOL[kind],

@@ -24,19 +24,20 @@ Bottleneck = Literal["kv", "last_hidden"]
 
 
 class Temperature(nn.Module):
-    """A learned temperature, float32 [1]: ``start`` times exp of one parameter.
+    """Learned temperatures, float32 [T]: each its start times exp of a parameter.
 
     The parameter starts at zero, where a bf16 number is fine-grained: the logarithm of 0.03 itself
-    could only move by half a percent of its value.  Its shape is [1]: ZeRO refuses shape [].
+    could only move by half a percent of its value.  One has the shape [1]: ZeRO refuses shape [].
     """
 
-    def __init__(self, start: float) -> None:
+    def __init__(self, *starts: float) -> None:
         super().__init__()
-        self.start = start
-        self.log_ratio = nn.Parameter(torch.zeros(1))
+        self.starts = starts
+        self.log_ratio = nn.Parameter(torch.zeros(len(starts)))
 
     def forward(self) -> torch.Tensor:
-        return self.start * self.log_ratio.float().exp()
+        starts = torch.tensor(self.starts, dtype=torch.float32, device=self.log_ratio.device)
+        return starts * self.log_ratio.float().exp()
 
 
 class CompressionModel(nn.Module):

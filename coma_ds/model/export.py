@@ -110,6 +110,7 @@ def export_model(
         "first_id": model.tokens.first_id if count else None,
         "token_names": [COMPRESSION_TOKEN.format(k) for k in range(count)],
         "pooling": model.pooling.kind,
+        "pooling_heads": model.pooling.heads,
         "precision": "autocast" if model.autocast else PRECISIONS[dtype],
         "max_length": processing.max_length,
         **extras,

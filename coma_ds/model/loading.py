@@ -247,13 +247,18 @@ def build_model(
                 tokens.initialise(table, seed)
         else:
             tokens.weight.data.copy_(rows)
-    pooling = Pooling(config.pooling, backbone.width)
+    pooling = Pooling(config.pooling, backbone.width, config.pooling_heads)
+    if matching and match.matryoshka and match.matryoshka[-1] > backbone.width:
+        raise ValueError(
+            f"match.matryoshka {list(match.matryoshka)}: the embeddings have {backbone.width} "
+            "numbers"
+        )
     query = stored_query(source, extras)
     if query is not None and pooling.query is not None:
         pooling.query.data.copy_(query)
     temperature = None
     if matching and match.learn_temperature:
-        temperature = Temperature(match.temperature)
+        temperature = Temperature(match.temperature, *match.task_temperature.values())
     model = CompressionModel(
         backbone,
         tokens,

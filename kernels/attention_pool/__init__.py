@@ -1,5 +1,5 @@
 """Attention pooling of compression tokens, behind one function."""
 
-from coma_ds.kernels.attention_pool.reference import attention_pool
+from coma_ds.kernels.attention_pool.op import attention_pool, attention_pool_at
 
-__all__ = ["attention_pool"]
+__all__ = ["attention_pool", "attention_pool_at"]

@@ -1,141 +1,139 @@
-"""InfoNCE in plain torch, in chunks of rows: what a kernel must equal.
+"""InfoNCE in plain torch, in chunks of rows: the meaning that the kernels must equal.
 
-Shapes: N own queries, M gathered targets, D width, R rows of one chunk.
+Shapes: N own queries, M gathered targets, P gathered queries, H own negatives of a row, D width;
+R rows of one chunk, C columns of one block of negatives.
+
+A row's loss is log(1 + sum over its negatives of exp((s - s_pos) / temperature) * exp(a * s)),
+s the cosine of a negative, s_pos that of the positive, a the hardness (the last factor without
+gradient).  Every block of negatives is one more part of that sum.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from coma_ds.kernels.info_nce.inputs import FalseNegatives, Problem
+
 DEFAULT_CHUNK = 1024
 
 
-@dataclass(frozen=True)
-class FalseNegatives:
-    """What must not compete with a row's positive, by identity, wherever it came from.
-
-    ``target_ids_M`` int64: a target with the content of the positive.  ``query_ids_N`` and
-    ``target_query_ids_M`` int64, both or none: the target of a query with the row's content (the
-    same caption of two pictures: each is a right answer).  A hard negative has no query; give it
-    an id that no query has, its own content for example.
-    """
-
-    target_ids_M: torch.Tensor
-    query_ids_N: torch.Tensor | None = None
-    target_query_ids_M: torch.Tensor | None = None
-
-    def check(self, rows: int, targets: int) -> None:
-        """Raise ``ValueError`` for lengths that do not fit N rows and M targets."""
-        if (self.query_ids_N is None) != (self.target_query_ids_M is None):
-            raise ValueError("query_ids and target_query_ids go together: give both or none")
-        for name, ids, wanted in (
-            ("target_ids", self.target_ids_M, targets),
-            ("query_ids", self.query_ids_N, rows),
-            ("target_query_ids", self.target_query_ids_M, targets),
-        ):
-            if ids is not None and ids.shape != (wanted,):
-                raise ValueError(f"{name} has shape {tuple(ids.shape)}: expected [{wanted}]")
-
-    def rows(self, start: int, stop: int) -> FalseNegatives:
-        """The part for the rows ``start .. stop - 1``."""
-        queries = None if self.query_ids_N is None else self.query_ids_N[start:stop]
-        return FalseNegatives(self.target_ids_M, queries, self.target_query_ids_M)
+def _part(ids: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if ids is None else ids[rows]
 
 
-def _check(query_ND, target_MD, positive_index_N, false_negatives) -> None:
-    if query_ND.dim() != 2 or target_MD.dim() != 2 or query_ND.shape[1] != target_MD.shape[1]:
-        raise ValueError(
-            f"queries {tuple(query_ND.shape)} and targets {tuple(target_MD.shape)}: "
-            "expected [N, D] and [M, D]"
-        )
-    if positive_index_N.shape != query_ND.shape[:1]:
-        raise ValueError(
-            f"positive_index has shape {tuple(positive_index_N.shape)}: "
-            f"expected [{len(query_ND)}], one target for each query"
-        )
-    if len(positive_index_N):
-        low, high = int(positive_index_N.min()), int(positive_index_N.max())
-        if low < 0 or high >= len(target_MD):
-            raise ValueError(
-                f"positive_index spans {low}..{high}: expected 0..{len(target_MD) - 1}"
-            )
-    if false_negatives is not None:
-        false_negatives.check(len(query_ND), len(target_MD))
+def _differ(keep: torch.Tensor, row_R, column) -> torch.Tensor:
+    """``keep`` without the places where the row's id is the column's ([C], or [R, H] per row)."""
+    if row_R is None or column is None:
+        return keep
+    return keep & (column != row_R[:, None])
+
+
+def _elsewhere(own_R: torch.Tensor, count: int) -> torch.Tensor:
+    """Boolean [R, C]: every column but the row's own."""
+    return torch.arange(count, device=own_R.device)[None, :] != own_R[:, None]
 
 
 def competitors(
-    positive_R: torch.Tensor, count: int, false_negatives: FalseNegatives | None
+    positive_R: torch.Tensor, count: int, ids: FalseNegatives | None, rows: slice
 ) -> torch.Tensor:
-    """Boolean [R, M]: the targets that compete with the positive of each row, itself excluded."""
-    columns = torch.arange(count, device=positive_R.device)
-    keep = columns[None, :] != positive_R[:, None]
-    if false_negatives is None:
-        return keep
-    ids_M = false_negatives.target_ids_M
-    keep = keep & (ids_M[None, :] != ids_M[positive_R][:, None])
-    if false_negatives.query_ids_N is not None:
-        asked_M = false_negatives.target_query_ids_M
-        keep = keep & (asked_M[None, :] != false_negatives.query_ids_N[:, None])
+    """Boolean [R, M]: targets that compete with the positive of each row, itself excluded."""
+    keep = _elsewhere(positive_R, count)
+    if ids is not None:
+        keep = _differ(keep, ids.target_ids_M[positive_R], ids.target_ids_M)
+        keep = _differ(keep, _part(ids.query_ids_N, rows), ids.target_query_ids_M)
     return keep
 
 
-def _row_losses(query_RD, target_MD, positive_R, temperature, false_negatives):
-    wide = torch.float64 if query_RD.dtype == torch.float64 else torch.float32
-    logits_RM = query_RD.to(wide) @ target_MD.to(wide).T / temperature.to(wide)
-    positive_logit = logits_RM.gather(1, positive_R[:, None])
-    keep = competitors(positive_R, len(target_MD), false_negatives)
-    # log(1 + sum exp(s - s_pos)): the gradient of an easy row keeps its digits, unlike p - 1.
-    excess = (logits_RM - positive_logit).masked_fill(~keep, float("-inf"))
-    # NaN for a positive that is not finite: a row without a competitor must not hide it.
-    zero = (positive_logit - positive_logit).detach()
-    return torch.logsumexp(torch.cat([zero, excess], 1), 1)
+def _blocks(
+    p: Problem, query_RD, target_MD, own_RHD, query_all_PD, rows: slice
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(cosine [R, C], competes [R, C]) of each block of negatives; the first is q-t."""
+    ids, positive_R = p.false_negatives, p.positive_N[rows]
+    keep = competitors(positive_R, len(target_MD), ids, rows)
+    yield query_RD @ target_MD.T, keep
+    if p.target_to_target:
+        yield target_MD[positive_R] @ target_MD.T, keep
+    answer_R = None if ids is None else ids.target_ids_M[positive_R]
+    if query_all_PD is not None:
+        keep = _elsewhere(p.query_index_N[rows], len(query_all_PD))
+        if ids is not None:
+            keep = _differ(keep, _part(ids.query_ids_N, rows), ids.query_all_ids_P)
+            keep = _differ(keep, answer_R, ids.query_all_target_ids_P)
+        yield query_RD @ query_all_PD.T, keep
+    if own_RHD is not None:
+        keep = torch.ones(own_RHD.shape[:2], dtype=torch.bool, device=own_RHD.device)
+        if ids is not None:
+            keep = _differ(keep, answer_R, _part(ids.own_negative_ids_NH, rows))
+        yield (own_RHD @ query_RD[:, :, None])[..., 0], keep
 
 
-def info_nce(
-    query_ND: torch.Tensor,
-    target_MD: torch.Tensor,
-    *,
-    positive_index: torch.Tensor,
-    temperature: torch.Tensor | float,
-    false_negatives: FalseNegatives | None = None,
-    reduction: str = "mean",
-    chunk: int = DEFAULT_CHUNK,
+def _row_losses(
+    query_RD, target_MD, temperature, own_RHD, query_all_PD, p: Problem, rows: slice
 ) -> torch.Tensor:
-    """Cross-entropy of each query's own target against all targets.
+    wide = torch.float64 if query_RD.dtype == torch.float64 else torch.float32
+    query_RD, target_MD = query_RD.to(wide), target_MD.to(wide)
+    own_RHD, query_all_PD = (None if x is None else x.to(wide) for x in (own_RHD, query_all_PD))
+    temperature = temperature.to(wide)[:, None]
+    positive = None
+    parts = []
+    for cosine, keep in _blocks(p, query_RD, target_MD, own_RHD, query_all_PD, rows):
+        if positive is None:
+            positive = cosine.gather(1, p.positive_N[rows, None])
+            # NaN where it is not finite: neither loss nor gradient must hide that.
+            nothing = (positive - positive).detach()
+            positive = positive + nothing
+        excess = (cosine - positive) / temperature
+        if p.hardness:
+            excess = excess + p.hardness * cosine.detach()
+        if p.margin is not None:
+            keep = keep & ~(cosine > positive + p.margin)
+        parts.append(excess.masked_fill(~keep, float("-inf")))
+    excess = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    # log1p, and no p - 1 anywhere: the gradient of an easy row keeps its digits.
+    top = excess.detach().amax(1, keepdim=True).clamp_min(0)
+    total = (excess - top).exp().sum(1, keepdim=True)
+    return (top + torch.log1p(total + torch.expm1(-top)) + nothing)[:, 0]
 
-    ``query_ND`` and ``target_MD`` unit vectors, any float dtype, sums in float32 (float64 for
-    float64).  ``positive_index`` int64 [N].  ``temperature`` positive, a number or a tensor of one
-    element that may need a gradient.  ``false_negatives``: who does not compete with whom.
-    ``reduction``: ``mean``, ``sum`` or ``none``.  At most ``chunk`` x M logits exist at a time,
-    recomputed in the backward.
 
-    Raises ``ValueError`` for shapes that do not fit, an index out of range, or a temperature that
-    is not positive.  Source: van den Oord et al., 2018; the form -log softmax of the positive.
+def rounded(x: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """The values of ``x`` in ``dtype``, in the dtype and with the gradient of ``x``."""
+    if x is None or dtype is None or x.dtype == dtype:
+        return x
+    return x + (x.to(dtype).to(x.dtype) - x).detach()
+
+
+def row_losses(
+    p: Problem, *, operand_dtype: torch.dtype | None = None, chunk: int = DEFAULT_CHUNK
+) -> torch.Tensor:
+    """Losses [N] in float32 (float64 for float64), with gradients by autograd.
+
+    At most ``chunk`` rows of cosines exist at a time; the backward computes them again.  Raises
+    ``ValueError`` for an index out of range or a temperature that is not positive.
     """
-    _check(query_ND, target_MD, positive_index, false_negatives)
-    if not torch.is_tensor(temperature):
-        temperature = torch.tensor([float(temperature)], device=query_ND.device)
-    if not bool((temperature > 0).all()):
-        raise ValueError(f"temperature {temperature.tolist()}: expected a number above 0")
-    rows = []
-    for start in range(0, len(query_ND), chunk):
-        end = start + chunk
-        query_RD, positive_R = query_ND[start:end], positive_index[start:end]
-        masked = false_negatives and false_negatives.rows(start, end)
-        args = (query_RD, target_MD, positive_R, temperature, masked)
-        whole = len(query_ND) <= chunk
-        rows.append(
-            _row_losses(*args) if whole else checkpoint(_row_losses, *args, use_reentrant=False)
-        )
-    losses_N = torch.cat(rows) if rows else query_ND.float().sum(1)
-    if reduction == "none":
-        return losses_N
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction {reduction!r}: expected 'mean', 'sum' or 'none'")
-    return losses_N.mean() if reduction == "mean" else losses_N.sum()
+    p.check_values()
+    query_ND, target_MD, own_NHD, query_all_PD = (
+        rounded(x, operand_dtype)
+        for x in (p.query_ND, p.target_MD, p.own_negative_NHD, p.query_all_PD)
+    )
+    losses = []
+    for start in range(0, p.rows, chunk):
+        rows = slice(start, start + chunk)
+        temperature = p.temperature if len(p.temperature) == 1 else p.temperature[rows]
+        args = (query_ND[rows], target_MD, temperature, _part(own_NHD, rows), query_all_PD)
+        if p.rows <= chunk:
+            losses.append(_row_losses(*args, p, rows))
+        else:
+            losses.append(
+                checkpoint(
+                    _row_losses, *args, p, rows, use_reentrant=False, preserve_rng_state=False
+                )
+            )
+    if losses:
+        return torch.cat(losses)
+    return query_ND.to(torch.promote_types(query_ND.dtype, torch.float32)).sum(1)
 
 
 @torch.no_grad()
@@ -145,23 +143,27 @@ def retrieval_statistics(
     *,
     positive_index: torch.Tensor,
     false_negatives: FalseNegatives | None = None,
+    margin: float | None = None,
     chunk: int = DEFAULT_CHUNK,
 ) -> dict[str, torch.Tensor]:
-    """Sums over the rows for monitoring; same arguments as ``info_nce``.
+    """Sums over the rows for monitoring; same arguments as ``info_nce``, only targets compete.
 
-    Scalars: ``positive`` and ``hardest`` (cosines of the target and of its best competitor),
-    ``accuracy`` (rows whose target beats every competitor), ``masked`` (targets dropped as false
-    negatives), ``rows`` (their number), all float32 sums on the device of the queries.
+    Scalars: ``positive`` and ``hardest`` (cosines of the target and of its best competitor, -1
+    where none competes), ``accuracy`` (rows whose target beats every competitor), ``masked``
+    (targets dropped as false negatives), ``rows`` (their number), all float32 sums on the device
+    of the queries.
     """
     names = ("positive", "hardest", "accuracy", "masked", "rows")
     sums = {name: torch.zeros((), device=query_ND.device) for name in names}
     for start in range(0, len(query_ND), chunk):
-        end = start + chunk
-        query_RD, positive_R = query_ND[start:end], positive_index[start:end]
-        masked = false_negatives and false_negatives.rows(start, end)
-        cosine_RM = query_RD.float() @ target_MD.float().T
-        positive = cosine_RM.gather(1, positive_R[:, None]).squeeze(1)
-        keep = competitors(positive_R, len(target_MD), masked)
+        rows = slice(start, start + chunk)
+        positive_R = positive_index[rows]
+        cosine_RM = query_ND[rows].float() @ target_MD.float().T
+        positive = cosine_RM.gather(1, positive_R[:, None])
+        keep = competitors(positive_R, len(target_MD), false_negatives, rows)
+        if margin is not None:
+            keep = keep & ~(cosine_RM > positive + margin)
+        positive = positive.squeeze(1)
         hardest = cosine_RM.masked_fill(~keep, -1.0).amax(1)
         sums["positive"] += positive.sum()
         sums["hardest"] += hardest.sum()

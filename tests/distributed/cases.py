@@ -47,6 +47,7 @@ def match_cases() -> list[Case]:
         Case("match strict qwen3_vl tower", family="qwen3_vl", model=TOWER),
         Case("match zero2 qwen3_vl", "zero2", family="qwen3_vl"),
         Case("match strict untied", model=UNTIED),
+        *option_cases(),
         Case("match zero2 packed", "zero2", model={"carrier": "packed", "arithmetic": "matmul"}),
         Case(
             "match strict all at once",
@@ -54,6 +55,40 @@ def match_cases() -> list[Case]:
             chunk=BUDGET,
             model=LORA | TOWER | CHECKPOINTED | ATTENTION | LEARNED,
         ),
+    ]
+
+
+def option_cases() -> list[Case]:
+    """What a recipe can add to InfoNCE, alone and together; uneven ranks with hard negatives."""
+    tasks = {"task_temperature": {"b": 0.1}}
+    # Cosines of the tiny model are near 1: a margin below 0 makes some of them false.
+    margin = {"false_negative_margin": -1e-3}
+    both = {"query_negatives": True, "target_negatives": True}
+    widths = {"matryoshka": [8, 24], "matryoshka_weights": [0.5, 2.0]}
+    named = {
+        "tasks": tasks,
+        "margin": margin,
+        "hardness": {"hardness": 3.0},
+        "own negatives": {"hard_negatives": "own"},
+        "own negatives, no mask": {"hard_negatives": "own", "mask_false_negatives": False},
+        "queries": {"query_negatives": True},
+        "targets": {"target_negatives": True},
+        "symmetric": {"symmetric": True},
+        "widths": widths,
+        "all one way": {**tasks, **margin, **both, **widths, "hard_negatives": "own"}
+        | {"hardness": 3.0},
+        "all both ways": {**tasks, **margin, **widths, "symmetric": True, "hardness": 3.0},
+    }
+    return [
+        Case(f"match zero2 {name}", "zero2", uneven=True, match=match, **UNCLIPPED)
+        for name, match in named.items()
+    ] + [
+        Case(
+            "match strict learned tasks",
+            uneven=True,
+            match=tasks,
+            model={"temperature": [0.05, 0.1]},
+        )
     ]
 
 
@@ -127,6 +162,7 @@ def broken_cases() -> list[Case]:
 REDUCED = (
     "match zero0", "match zero1 unclipped", "match strict", "match strict tower",
     "match strict uneven", "match strict temperature", "match strict all at once",
+    "match zero2 all one way", "match zero2 all both ways", "match strict learned tasks",
     "compress zero2 unclipped", "compress strict", "compress strict tower mixed",
 )  # fmt: skip
 

@@ -24,6 +24,7 @@ from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
 from coma_ds.optim import build_optimizer
 from coma_ds.step import TOWER, accumulate, grad_cache, plan_chunks, seed_chunk
+from tests.definition import whole_loss
 from tests.distributed.broken import broken_step
 from tests.tiny import make_batch, tiny_model
 
@@ -99,13 +100,20 @@ def match_batch(case: Case, step: int, rank: int) -> Batch:
         # content 7 stands on every rank: a false negative across ranks
         content = {"content": 7} if i == 2 else {}
         targets.append({"text": 2 + i, "images": images, **content})
-    negatives = []
+    counts = [0] * pairs
     if seen:
         queries[1]["images"] = [(2, 2)]
     if case.uneven:
-        negatives = [{"text": 5, "images": [(2, 2)] if seen else []}] * (2 * rank + step)
-    seed = 100 * step + 10 * rank + 1
-    return make_batch(queries + targets + negatives, case.family, seed=seed, pairs=pairs)
+        counts = [(2 * rank + step + i) // pairs for i in range(pairs)]
+    negatives = [{"text": 5, "images": [(2, 2)] if seen else []}] * sum(counts)
+    return make_batch(
+        queries + targets + negatives,
+        case.family,
+        seed=100 * step + 10 * rank + 1,
+        pairs=pairs,
+        negative_counts=counts,
+        tasks=["ab"[(rank + i) % 2] for i in range(pairs)],
+    )
 
 
 def compress_batch(case: Case, step: int, rank: int) -> Batch:
@@ -128,8 +136,7 @@ def reference_match(model, batches, case: Case, step: int) -> torch.Tensor:
     objective = Match(MatchConfig(**case.match))
     config = ChunkConfig(**case.chunk)
     wanted = max(len(plan_chunks(b, config, wanted=0)) for b in batches)
-    queries, targets, ids, asked, questions = [], [], [], [], []
-    positives, offset, temperature = [], 0, None
+    sides, temperature = [], None
     for rank, batch in enumerate(batches):
         seed_chunk(0, step, TOWER, rank)
         features = model.embed_images(batch.images)
@@ -141,24 +148,8 @@ def reference_match(model, batches, case: Case, step: int) -> torch.Tensor:
             seed_chunk(0, step, number, rank)
             emb, temperature = objective.encode(model, batch.split([group])[0], features)
             rows = rows.index_copy(0, group, emb)
-        queries.append(rows[: batch.pairs])
-        targets.append(rows[batch.pairs :])
-        own = batch.content_ids_B
-        ids.append(own[batch.pairs :])
-        asked.append(torch.cat([own[: batch.pairs], own[2 * batch.pairs :]]))
-        questions.append(own[: batch.pairs])
-        positives.append(torch.arange(offset, offset + batch.pairs))
-        offset += len(batch) - batch.pairs
-    query, target = torch.cat(queries), torch.cat(targets)
-    ids, positive = torch.cat(ids), torch.cat(positives)
-    tau = case.match.get("temperature", 0.03) if temperature is None else temperature
-    logits = query @ target.T / tau
-    same = ids[None] == ids[positive][:, None]
-    same |= torch.cat(asked)[None] == torch.cat(questions)[:, None]
-    same[torch.arange(len(positive)), positive] = False
-    if case.match.get("mask_false_negatives", True):
-        logits = logits.masked_fill(same, float("-inf"))
-    return torch.nn.functional.cross_entropy(logits, positive)
+        sides.append(rows)
+    return whole_loss(sides, batches, objective.config, temperature)
 
 
 def reference_compress(model, batches, case: Case, step: int) -> torch.Tensor:

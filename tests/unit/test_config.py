@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from coma_ds.config import RunConfig, check_effect, dump, load_config
+from coma_ds.config import RunConfig, dump, load_config
+from coma_ds.effects import check_effect
 from coma_ds.recipe_files import parse_overrides, read_recipe, recipe_names
 
 

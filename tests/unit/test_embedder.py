@@ -30,6 +30,8 @@ def picture(seed: int, size=(64, 64)) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
+POOLINGS = {kind: {"pooling": kind} for kind in ("mean", "attention", "last")}
+POOLINGS["heads"] = {"pooling": "attention", "pooling_heads": 4}
 TEXTS = ["a red car", "", "what is <|image_1|> here?", "a much longer text about nothing at all"]
 IMAGES = [None, picture(1), picture(2, (90, 40)), picture(3)]
 
@@ -53,10 +55,10 @@ def finished(tmp_path_factory):
     return export(disturb(model), processing, place / "run" / "model")
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_vectors_of_the_trainer(tmp_path, family, pooling):
-    model, processing = load(base_folder(tmp_path / "base", family), pooling=pooling)
+    model, processing = load(base_folder(tmp_path / "base", family), **pooling)
     disturb(model)
     random_query(model)
     want = trainer_vectors(model, processing, build_sides(TEXTS, IMAGES))
@@ -66,6 +68,17 @@ def test_the_vectors_of_the_trainer(tmp_path, family, pooling):
     assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
     assert np.abs(got - want).max() <= 1e-6
     assert np.abs(got[:, None] - got).max(-1)[np.triu_indices(4, 1)].min() > 1e-2  # not vacuous
+
+
+def test_shorter_vectors(finished):
+    embedder = Embedder(finished)
+    whole, short = embedder.encode(TEXTS, IMAGES), embedder.encode(TEXTS, IMAGES, width=16)
+    assert short.shape == (4, 16) and short.dtype == np.float32
+    want = whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True)
+    assert np.abs(short - want).max() <= 1e-6
+    for width in (0, 65):
+        with pytest.raises(ValueError, match=f"width is {width}, the model's vectors have 64"):
+            embedder.encode(TEXTS, IMAGES, width=width)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
@@ -93,10 +106,10 @@ def code_blocks(folder) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recipe_of_the_card_gives_the_vectors(tmp_path, monkeypatch, family, pooling):
-    model, processing = load(base_folder(tmp_path / "base", family), pooling=pooling)
+    model, processing = load(base_folder(tmp_path / "base", family), **pooling)
     disturb(model)
     random_query(model)
     folder = export(model, processing, tmp_path / "model")

@@ -31,6 +31,7 @@ from coma_ds.evaluation import (
     precision_at_1,
     rank_gold,
     split_blocks,
+    summed_up,
     write_results,
 )
 
@@ -326,6 +327,42 @@ def test_table(tmp_path: Path) -> None:
         "ImageNet-1K       Cls    IND     40.0  100.0  100.0   36.67     1        5    2.8\n"
         "RefCOCO-Matching  VG     OOD     40.0  100.0  100.0   36.67     1        5    2.8\n"
     )
+
+
+def test_shorter_embeddings_rank_too(tmp_path: Path) -> None:
+    """Of (x, y) the first number alone, normalised again, is the sign of x."""
+    tasks = [_hand_set(tmp_path, name, ROWS) for name in ("ImageNet-1K", "RefCOCO-Matching")]
+    results = evaluate(tasks, Lookup(), widths=(1, 2))
+    for row in results["sets"].values():
+        assert row["widths"] == {"1": precision_of_signs(ROWS), "2": row["p@1"]}
+    assert results["widths"]["2"] == results["groups"]
+    assert results["widths"]["1"] == dict.fromkeys(results["groups"], precision_of_signs(ROWS))
+    lines = format_table(results).splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["mean", "40.0"],
+        ["width", "1"],
+        ["width", "2"],
+    ]
+    with pytest.raises(ValueError, match="set ImageNet-1K: width 3: the embeddings have 2 numb"):
+        evaluate(tasks, Lookup(), widths=(3,))
+
+
+def precision_of_signs(rows: list[tuple[str, list[str]]]) -> float:
+    """By hand: the gold one must have the sign of the query, and no other candidate may."""
+    hits = 0
+    for query, names in rows:
+        gold, *others = [np.sign(VECTORS[query][0]) * np.sign(VECTORS[n][0]) for n in names]
+        different = [o for o, n in zip(others, names[1:]) if n != names[0]]
+        hits += gold > max(different, default=-2)
+    return hits / len(rows)
+
+
+def test_a_width_counts_where_every_set_has_it() -> None:
+    row = {"group": "Ret", "domain": "IND", "p@1": 0.5}
+    both = row | {"widths": {"8": 0.1, "16": 0.3}}
+    found = summed_up({"a": both, "b": row | {"widths": {"16": 0.5}}})
+    assert found["widths"] == {"16": dict.fromkeys(("Ret", "IND", "All"), 0.4)}
+    assert "widths" not in summed_up({"a": both, "b": row})
 
 
 def test_results_are_written_whole(tmp_path: Path) -> None:

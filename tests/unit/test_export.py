@@ -115,6 +115,7 @@ def test_precision_survives(tmp_path, precision, weights):
         "first_id": WORDS,
         "token_names": [f"<|compress_{k}|>" for k in range(4)],
         "pooling": "mean",
+        "pooling_heads": 1,
         "precision": precision,
         "max_length": 512,
         "objective": "match",

@@ -197,7 +197,7 @@ def test_a_bad_number_is_never_hidden(place, bad, targets) -> None:
 
 
 def test_no_rows_still_reach_the_parameters() -> None:
-    query, target = torch.zeros(0, D, requires_grad=True), unit(3)
+    query, target = torch.zeros(0, D, requires_grad=True), unit(3, dtype=torch.float32)
     loss = info_nce(
         query,
         target,

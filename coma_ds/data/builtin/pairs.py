@@ -96,7 +96,8 @@ class PairSource(Sequence[Pair]):
         rng = random.Random(f"pair/{self.name}/{self.seed}/{index}")
         style, code = self._keys[index % len(self._keys)]
         query, target = self._make(style, code, rng)
-        return Pair(query, target, name=f"builtin {self.name} {index} ({style}/{code})")
+        where = f"builtin {self.name} {index} ({style}/{code})"
+        return Pair(query, target, name=where, task=self.name)
 
 
 class BuiltinPairs:
