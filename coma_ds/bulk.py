@@ -99,6 +99,8 @@ class InputRows:
         if self.id_type is None:
             return None
         value = cells.get(self._columns.id)
+        if value is None:
+            raise ValueError(f"{where}: no {self._columns.id}, which other rows have")
         if not isinstance(value, self.id_type) or isinstance(value, bool):
             kind = "a whole number" if self.id_type is int else "a text"
             raise ValueError(

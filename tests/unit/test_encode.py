@@ -126,6 +126,8 @@ class TestEncode:
             (['{"body": "a"}'], ["--text-column", "b"], "no column 'b' (--text-column); it has"),
             (['{"text": "a", "id": 1}', '{"text": "b", "id": "x"}'], [],
              "rows.jsonl line 2: id is 'x', expected a whole number as in the first row"),
+            (['{"text": "a"}', '{"text": "b", "id": 1}'], [], "line 1: no id, which other rows"),
+            (['{"text": "a", "id": 1}', '{"text": "b"}'], [], "line 2: no id, which other rows"),
             (['{"text": "<|image_1|>"}'], [], "rows.jsonl line 1: the text has the image marks"),
         ],
     )  # fmt: skip
