@@ -10,7 +10,7 @@ from coma_ds import comm
 from coma_ds.assemble import TrainingData
 from coma_ds.assessment import bottleneck_questions, load_tasks
 from coma_ds.config import RunConfig, dump
-from coma_ds.data.builtin.evaluation_sets import HALVES, TASKS
+from coma_ds.data.builtin.evaluation_sets import HALVES, TASKS, check_place
 from coma_ds.data.collate import Collator, named
 from coma_ds.data.images import FilePicture, check_sample
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
@@ -114,6 +114,8 @@ def check_evaluation(config: RunConfig, collator: Collator, thorough: bool) -> N
             swap_images(questions)
         return
     check_names(config)
+    if config.data.format == "builtin" and not config.eval.root:
+        check_place(Path(config.output).parent / "evaluation_sets")
     if config.eval.root:
         tasks = load_tasks(config, Path(config.output))
         further = {*config.eval.along} - {task.name for task in tasks}

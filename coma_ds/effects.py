@@ -33,7 +33,7 @@ def check_effect(config: RunConfig, overrides: list[str]) -> None:
     if config.model.adapter == "none":
         idle["model.lora"] = "model.adapter 'none'"
     if config.init_from:
-        idle["model.path"] = "init_from, which names the model"
+        idle["model.path"] = "init_from, which names the model (init_from=null leaves it out)"
     for key, cause in idle.items():
         section, _, leaf = key.partition(".")
         node = over.get(section, {})

@@ -278,6 +278,8 @@ def _remarks(
         remarks.append(
             f"Through the tokens alone at least half of what the base answers with the picture in "
             f"sight is answered right for {len(half)} of {len(asked)} kinds of question."
-            + "".join(f" Of {kind} the base itself answers none." for kind in unknown)
+            + "".join(
+                f" Of {kind.replace('_', ' ')} the base itself answers none." for kind in unknown
+            )
         )
     return remarks

@@ -188,6 +188,19 @@ class TestRankingSets:
             )
 
 
+def test_a_foreign_folder_in_the_place_of_the_built_in_sets(tmp_path):
+    """Said before the training that it would cost."""
+    config = validate({
+        "objective": "match", "output": str(tmp_path / "run"),
+        "data": {"format": "builtin", "workers": 0}, "optim": {"batch_size": 4, "steps": 3},
+    })  # fmt: skip
+    look(config)
+    (tmp_path / "evaluation_sets").mkdir()
+    (tmp_path / "evaluation_sets" / "mine.txt").touch()
+    assert "evaluation_sets exists but holds no sets.json and made_from.txt" in refusal(config)
+    look(config.model_copy(update={"eval": config.eval.model_copy(update={"at_end": False})}))
+
+
 def test_an_unknown_set_of_the_built_in_data(tmp_path):
     config = config_of(
         tmp_path, format="builtin", evaluation={"at_end": True, "sets": ["i2i/seen", "i2i"]}

@@ -101,6 +101,14 @@ def _table(rows: Sequence[Row], images: _ImageFiles) -> pa.Table:
     )
 
 
+def check_place(root: Path) -> None:
+    """Raise ``ValueError`` for a ``root`` that is there and is not a folder of these sets."""
+    if root.exists() and not all((root / name).is_file() for name in (INDEX, STAMP)):
+        raise ValueError(
+            f"{root} exists but holds no {INDEX} and {STAMP}; give an empty place or remove it"
+        )
+
+
 def write_mmeb_eval(root: Path) -> list[str]:
     """Write all evaluation sets below ``root`` and return their names, like ``name_t2i/seen``.
 
@@ -111,11 +119,8 @@ def write_mmeb_eval(root: Path) -> list[str]:
     """
     root = Path(root)
     stamp = _stamp()
+    check_place(root)
     if root.exists():
-        if not all((root / name).is_file() for name in (INDEX, STAMP)):
-            raise ValueError(
-                f"{root} exists but holds no {INDEX} and {STAMP}; give an empty place or remove it"
-            )
         if (root / STAMP).read_text() == stamp:
             return _names(root)
         log.info("%s is of another version: written again", root)
