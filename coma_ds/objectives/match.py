@@ -165,5 +165,5 @@ def _slots(counts_N: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], t
     """Where the negatives stand in [N, H]: (pair, place) of each of the X, and that shape."""
     pair = torch.arange(len(counts_N), device=counts_N.device).repeat_interleave(counts_N)
     first = counts_N.cumsum(0) - counts_N
-    place = torch.zeros_like(pair)
+    place = torch.arange(len(pair), device=pair.device) - first[pair]
     return (pair, place), (len(counts_N), int(counts_N.max()))

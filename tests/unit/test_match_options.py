@@ -105,6 +105,12 @@ class TestTasks:
         temperature.log_ratio.data.copy_(torch.tensor([0.0, 1.0]))
         assert temperature().tolist() == pytest.approx([0.03, 0.1 * 2.718281828])
 
+    def test_a_run_learns_one_for_each(self, tmp_path):
+        match = MatchConfig(learn_temperature=True, task_temperature={"a": 0.1, "b": 0.2})
+        model, _ = load(base_folder(tmp_path), match=match)
+        assert model.temperature().tolist() == pytest.approx([0.03, 0.1, 0.2])
+        assert model.temperature.log_ratio.requires_grad
+
     def test_the_report_has_each(self):
         batch = make_batch([{"text": 2}] * 4, pairs=2, tasks=["a", "b"])
         emb = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
@@ -122,6 +128,7 @@ OPTIONS = {
     "targets": {"target_negatives": True},
     "symmetric": {"symmetric": True},
     "widths": {"matryoshka": [4, 8]},
+    "weighted widths": {"matryoshka": [4, 8], "matryoshka_weights": [0.25, 3.0]},
 }
 
 
