@@ -35,6 +35,7 @@ IMAGE_TO_IMAGE = ("i2i/", "i2i_style/")  # of the built-in sets
 def load_tasks(config: RunConfig, cache: Path, sets: Sequence[str] = ()) -> list[RankingTask]:
     """The ranking sets of a run: ``eval.root``, or the built-in ones written under ``cache``.
 
+    Image paths start at ``eval.image_root``, else in ``images`` below the root, if that is there.
     ``sets`` names those wanted, else ``eval.sets``, else all.  Raises ``ValueError`` for a name
     that is not there.
     """
@@ -43,7 +44,9 @@ def load_tasks(config: RunConfig, cache: Path, sets: Sequence[str] = ()) -> list
         if config.data.format != "builtin":
             return []
         comm.decide(lambda: write_mmeb_eval(cache))
-        root, images = str(cache), str(cache / "images")
+        root = str(cache)
+    if images is None and (Path(root) / "images").is_dir():
+        images = str(Path(root) / "images")
     names = mmeb_eval_sets(root)
     wanted = tuple(sets) or config.eval.sets or tuple(names)
     for name in wanted:

@@ -65,9 +65,11 @@ class InputRows:
         self._columns = choose_columns(path, self._table, asked)
         self._root = image_root
         self._csv = path.endswith(".csv")
-        self.id_type: type | None = None  # int or str, by the first row; None without ids
+        self.id_type: type | None = None  # int or str, by the first id; None without ids
         if self._columns.id:
-            self.id_type = int if isinstance(self._table[0].get(self._columns.id), int) else str
+            cells = (self._table[row].get(self._columns.id) for row in range(len(self._table)))
+            first = next((cell for cell in cells if cell is not None), None)
+            self.id_type = None if first is None else int if isinstance(first, int) else str
 
     def __len__(self) -> int:
         return len(self._table)
@@ -99,12 +101,10 @@ class InputRows:
         if self.id_type is None:
             return None
         value = cells.get(self._columns.id)
-        if value is None:
-            raise ValueError(f"{where}: no {self._columns.id}, which other rows have")
-        if not isinstance(value, self.id_type) or isinstance(value, bool):
+        if value is not None and (not isinstance(value, self.id_type) or isinstance(value, bool)):
             kind = "a whole number" if self.id_type is int else "a text"
             raise ValueError(
-                f"{where}: {self._columns.id} is {value!r:.40}, expected {kind} as in the first row"
+                f"{where}: {self._columns.id} is {value!r:.40}, expected {kind} as above it"
             )
         return value
 
@@ -142,7 +142,8 @@ def encode_file(
 ) -> None:
     """Write a vector for each row; ``output`` appears when it is complete.
 
-    ``.parquet`` has the columns row, id (where there are ids) and embedding (a list of float32);
+    ``.parquet`` has the columns row, id (where there are ids; null for a row without one) and
+    embedding (a list of float32);
     ``.npy`` is float32 [rows, E].  The ranks of a world share the work, rank 0 writes.
     ``progress`` is told how many rows are done since the last call.  Raises ``ValueError`` naming
     the row that cannot be encoded.

@@ -38,10 +38,13 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _scientific(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML 1.1 reads 1e3 as text; where a whole number is wanted, it is one."""
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML 1.1 reads 1e3 as text; where a whole number is wanted, it is one.  yes is none."""
         wanted = cls.model_fields[info.field_name].annotation
-        if isinstance(value, str) and int in (wanted, *get_args(wanted)):
+        kinds = (wanted, *get_args(wanted))
+        if isinstance(value, bool) and {int, float} & {*kinds} and bool not in kinds:
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        if isinstance(value, str) and int in kinds:
             try:
                 return float(value)
             except ValueError:
@@ -179,7 +182,7 @@ class MatchConfig(Section):
 
 
 class ChunkConfig(Section):
-    """What goes through the model at a time: samples, or padded tokens where that is set."""
+    """What goes through the model at a time: so many samples, and padded tokens, at most."""
 
     samples: int = Field(64, ge=1)
     tokens: int | None = Field(None, ge=1)
@@ -203,7 +206,10 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _rates(self):
         if self.kind == "muon" and self.token_lr:
-            raise ValueError("token_lr has no effect with kind 'muon', which has one rate")
+            raise ValueError(
+                "token_lr has no effect with kind 'muon', which has one rate: leave it out "
+                "(optim.token_lr=null)"
+            )
         return self
 
 

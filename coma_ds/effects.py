@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from coma_ds.config import RunConfig
 from coma_ds.recipe_files import parse_overrides
 
@@ -17,29 +19,50 @@ def check_effect(config: RunConfig, overrides: list[str]) -> None:
     """Raise ``ValueError`` for an override that changes nothing of this run.
 
     A recipe may hold such keys, its heirs can use them; on a command line they are a mistake.
+    One that says none (null, 0, false, an empty list) is taken.
     """
     over = parse_overrides(overrides)
-    matching, of_format = config.objective == "match", _FORMATS[config.data.format]
-    objective = f"objective {config.objective!r}"
-    idle = {key: objective for key in (("compress",) if matching else ("match",))}
-    idle |= dict.fromkeys(
-        ("eval.path", "eval.bottleneck_questions") if matching else ("eval.root", "eval.sets"),
-        objective,
-    )
-    idle |= {
-        f"data.{key}": f"data.format {config.data.format!r}"
-        for key in {key for keys in _FORMATS.values() for key in keys} - {*of_format}
-    }
-    if config.model.adapter == "none":
-        idle["model.lora"] = "model.adapter 'none'"
-    if config.init_from:
-        idle["model.path"] = "init_from, which names the model (init_from=null leaves it out)"
-    for key, cause in idle.items():
+    for key, cause in _idle(config):
         section, _, leaf = key.partition(".")
         node = over.get(section, {})
         given = node if not leaf else {leaf: node[leaf]} if leaf in node else {}
-        part = getattr(config, section)
         for name in given:
-            fields = type(part).model_fields
-            if getattr(part, name) != fields[name].get_default():
+            if getattr(getattr(config, section), name):
                 raise ValueError(f"override {section}.{name} has no effect with {cause}")
+
+
+def _idle(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Keys (or sections) without effect in this run, each with the cause of it."""
+    model, data, compress, ways = config.model, config.data, config.compress, config.eval
+    matching = config.objective == "match"
+    objective, of_format = f"objective {config.objective!r}", f"data.format {data.format!r}"
+    if matching:
+        only_other = ("compress", "eval.path", "eval.bottleneck_questions")
+    else:
+        only_other = ("match", "eval.root", "eval.sets", "eval.along")
+    yield from ((key, objective) for key in only_other)
+    for key in {key for keys in _FORMATS.values() for key in keys} - {*_FORMATS[data.format]}:
+        yield f"data.{key}", of_format
+    if data.format == "builtin" and matching:
+        yield "data.turns", objective
+    elif data.format == "builtin":
+        yield "data.sources", f"{objective}, whose built-in data is one source"
+        if compress.format != "multi_turn":
+            yield "data.turns", f"compress.format {compress.format!r}"
+    if data.format in ("pairs", "dialogues") or (data.format == "builtin" and not matching):
+        yield from ((f"data.{key}", "a single source") for key in ("weighting", "sub_batch"))
+    if compress.visible and not matching:
+        yield "model.bottleneck", "compress.visible, which has none"
+    if model.adapter == "none":
+        yield "model.lora", "model.adapter 'none'"
+    if config.init_from:
+        yield "model.path", "init_from, which names the model (init_from=null leaves it out)"
+    if config.optim.kind == "sgd":
+        yield "optim.betas", "optim.kind 'sgd'"
+    if matching and not ways.every:
+        yield "eval.along", "eval.every=0: no evaluation on the way"
+    asked = ways.root if matching else ways.path
+    if not asked:
+        yield "eval.image_root", f"eval.{'root' if matching else 'path'} left out"
+    if matching and not ways.root and data.format != "builtin":
+        yield from ((f"eval.{key}", "eval.root left out") for key in ("sets", "along"))

@@ -47,7 +47,8 @@ def parse_overrides(overrides: list[str]) -> dict:
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ValueError(f"override {word!r}: the value is not YAML ({error})") from None
+            why = getattr(error, "problem", None) or error
+            raise ValueError(f"override {word!r}: the value is not YAML ({why})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
         _check_both_fit(tree, value, word)

@@ -69,7 +69,9 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     unit = (images.patch_size * images.merge_size) ** 2
     low, high = images.size["shortest_edge"] // unit, images.size["longest_edge"] // unit
     batch, chunk = config.optim.batch_size, config.chunk
-    budget = f"{chunk.tokens} tokens" if chunk.tokens else f"{chunk.samples} samples"
+    budget = f"{chunk.samples} samples"
+    if chunk.tokens:
+        budget = f"{chunk.tokens} tokens and {budget}"
     path = "sdpa: torch's fused attention"
     if backbone.arithmetic == "matmul":
         path = "matmul: faster than torch's fused attention for short sequences on a CPU"

@@ -252,12 +252,13 @@ def _remarks(
     """What the figures say, and at equal what."""
     ours, control = (sets[arm][MEASURED]["p@1"] for arm in ("match", "control"))
     error = math.sqrt(max(ours * (1 - ours), 1e-9) / sets["match"][MEASURED]["queries"])
+    places = max(len(percent(share).partition(".")[2]) for share in (ours, control))
     ours_curve, limit = precision["match"], seconds["control"]
     remarks = [
         f"At equal contrastive steps ({precision['control'].steps[-1]}), {MEASURED} P@1 is "
         f"{percent(ours)} % with compress and {percent(control)} % without, a difference of "
-        f"{100 * (ours - control):+.1f} points; one standard error of the first is "
-        f"{100 * error:.1f}."
+        f"{100 * (ours - control):+.{places}f} points; one standard error of the first is "
+        f"{100 * error:.{places}f}."
     ]
     at = bisect.bisect_right(ours_curve.seconds, limit) - 1
     if at >= 0:

@@ -19,7 +19,7 @@ EXAMPLES = """Results go to RUN/results.json.  More ranks share the work, with t
 examples:
   coma-ds evaluate runs/demo/match
   coma-ds evaluate runs/demo/match --sets name_t2i/seen i2i/seen
-  coma-ds evaluate runs/mine --root /data/mmeb-eval --image-root /data/mmeb-eval/images"""
+  coma-ds evaluate runs/mine --root /data/mmeb-eval --image-root /data/mmeb-images"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the folder of a run (config.yaml and model/)")
     parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="only these sets")
     parser.add_argument("--root", help="a folder (or hub name) in MMEB-eval's format")
-    parser.add_argument("--image-root", metavar="DIR", help="where the image paths of --root start")
+    parser.add_argument(
+        "--image-root",
+        metavar="DIR",
+        help="where the image paths of --root start (default: ROOT/images, where that is)",
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="inputs at a time")
     parser.add_argument(
         "--output", metavar="FILE", help="where the results go (default: RUN/results.json)"

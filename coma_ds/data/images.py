@@ -199,8 +199,9 @@ def as_picture(value: Any, image_root: str | os.PathLike[str] | None, name: str)
         )
     if image_root is None:
         raise ValueError(
-            f"{name}: the image is given as a path ({value!r}) but no image root is set; "
-            "set it to the folder where the paths start"
+            f"{name}: the image is given as a path ({value!r}) but no image root is set: "
+            "name the folder where the paths start (data.image_root, eval.image_root or "
+            "--image-root)"
         )
     try:
         return FilePicture(image_root, value)

@@ -345,7 +345,8 @@ def _check_sides(
         row = int(shown.argmax())
         raise ValueError(
             f"{where(row)}: the {what} has the image {paths[row].as_py()!r} but no image root "
-            "is set; set it to the folder where the paths start"
+            "is set: name the folder where the paths start (data.image_root, eval.image_root or "
+            "--image-root)"
         )
     wrong = marks > shown
     if wrong.any():

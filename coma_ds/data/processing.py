@@ -143,6 +143,19 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")[:200]
 
 
+def _check_patches(folder: str | Path, config: PretrainedConfig, processor) -> None:
+    """Raise ``ValueError`` for a processor that cuts pictures otherwise than the model does."""
+    pairs = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
+    pairs["merge_size"] = "spatial_merge_size"
+    for ours, theirs in pairs.items():
+        cut, read = getattr(processor, ours), getattr(config.vision_config, theirs)
+        if cut != read:
+            raise ValueError(
+                f"{folder}: the image processor has {ours} {cut}, the model {theirs} {read}: its "
+                "processor's config is that of another model"
+            )
+
+
 def load_processing(
     folder: str | Path,
     *,
@@ -188,6 +201,7 @@ def load_processing(
     turn_start, turn_end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     if turn_start is None or turn_end is None:
         raise ValueError(f"{folder}: the tokenizer has no <|im_start|> and <|im_end|>")
+    _check_patches(folder, config, image_processor)
     return Processing(
         tokenizer=tokenizer,
         image_processor=image_processor,

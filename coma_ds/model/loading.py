@@ -75,7 +75,8 @@ def resolve_model(path: str, key: str = "model.path") -> str:
         return path
     if key == "init_from":
         raise ValueError(
-            f"{key} {path!r}: no such folder; it names a finished run, so run that stage first"
+            f"{key} {path!r}: no such folder; it names a finished run: run that stage first, or "
+            "start from model.path (init_from=null)"
         )
     here = path.startswith((".", "/", "~")) or folder.parent.is_dir()
     if here or path.count("/") != 1:

@@ -151,6 +151,13 @@ class TestRankingSets:
         all_sets = ["evaluation set find: 9 queries", "evaluation set say: 5 queries"]
         assert told == (all_sets if thorough else [])
 
+    def test_images_below_the_root_need_no_image_root(self, tmp_path, thorough):
+        look(evaluated(tmp_path, image_root=None), thorough=thorough)
+        (tmp_path / "mmeb" / "images").rename(tmp_path / "elsewhere")
+        found = refusal(evaluated(tmp_path, image_root=None), thorough=thorough)
+        assert "no image root is set: name the folder" in found and "eval.image_root" in found
+        look(evaluated(tmp_path, image_root=str(tmp_path / "elsewhere")), thorough=thorough)
+
     @pytest.mark.parametrize(
         ("name", "where"),
         [("7.png", "evaluation set find, candidate 7"), ("2.png", "evaluation set say, query 2")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from coma_ds.batch import IGNORE
 from coma_ds.config import FAMILIES
 from coma_ds.data.collate import Collator
-from coma_ds.data.processing import load_processing
+from coma_ds.data.processing import load_processing, read_config
 from coma_ds.data.records import Dialogue, Pair, Side, Turn
+from tests.folders import base_folder
 from tests.tiny import Flat, demo_processing, tiny_config
 
 RED, BLUE = Flat("red"), Flat("blue", (20, 20, 220))
@@ -104,6 +106,30 @@ def test_images_of_any_shape_keep_their_grid() -> None:
         processing = demo_processing(min_vision_tokens=limits[0], max_vision_tokens=limits[1])
         batch = Collator(processing).sides([Side("<|image_1|>", (p,)) for p in (RED, small)])
         assert batch.feature_counts_B.tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+        ("merge_size", "spatial_merge_size"),
+    ],
+)
+def test_the_processor_of_another_model(tmp_path, ours, theirs) -> None:
+    folder = base_folder(tmp_path)
+    load_processing(folder, compression_tokens=4)
+    file = folder / "processor_config.json"
+    tree = json.loads(file.read_text())
+    tree["image_processor"][ours] = 3
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError) as caught:
+        load_processing(folder, compression_tokens=4)
+    model = getattr(read_config(folder).vision_config, theirs)
+    assert str(caught.value) == (
+        f"{folder}: the image processor has {ours} 3, the model {theirs} {model}: its processor's "
+        "config is that of another model"
+    )
 
 
 def test_text_is_cut_to_the_maximum_and_counted() -> None:

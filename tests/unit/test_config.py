@@ -110,7 +110,9 @@ def test_an_override_without_a_value_is_an_error(word) -> None:
 
 
 def test_an_override_that_is_not_yaml_is_an_error() -> None:
-    assert fails("data.sources=[a").startswith("override 'data.sources=[a': the value is not YAML")
+    found = fails("data.sources=[a")
+    assert found.startswith("override 'data.sources=[a': the value is not YAML (")
+    assert "\n" not in found
 
 
 @pytest.mark.parametrize(
@@ -277,6 +279,14 @@ def test_reading_a_recipe_keeps_no_state() -> None:
         ("demo-control", "compress.visible=true", "objective 'match'"),
         ("demo-control", "eval.path=questions.jsonl", "objective 'match'"),
         ("demo-match", "model.path=x", "init_from, which names the model"),
+        ("demo-match", "model.path=builtin:demo-base", "init_from, which names the model"),
+        ("demo-control", "data.turns=[3,5]", "objective 'match'"),
+        ("demo-control", "eval.image_root=/images", "eval.root left out"),
+        ("demo-compress", "eval.along=[a]", "objective 'compress'"),
+        ("demo-compress", "eval.image_root=/images", "eval.path left out"),
+        ("demo-compress", "data.sources=[dialogues]", "one source"),
+        ("demo-compress", "data.weighting=uniform", "a single source"),
+        ("demo-compress", "data.sub_batch=8", "a single source"),
     ],
 )
 def test_an_override_without_effect_is_refused(recipe, override, cause) -> None:
@@ -299,9 +309,31 @@ def test_a_key_of_another_format_is_refused(overrides) -> None:
         check_effect(load_config("demo-control", overrides), overrides)
 
 
-def test_an_override_that_says_the_default_is_taken() -> None:
+@pytest.mark.parametrize(
+    "recipe, overrides, key",
+    [
+        ("demo-compress", ["compress.format=caption", "data.turns=[1,2]"], "data.turns"),
+        ("demo-compress", ["compress.visible=true", "model.bottleneck=kv"], "model.bottleneck"),
+        ("demo-compress", ["optim.kind=sgd", "optim.betas=[0.8,0.9]"], "optim.betas"),
+        ("demo-control", ["eval.every=0", "eval.along=[i2i/seen]"], "eval.along"),
+        ("demo-control", ["data.format=pairs", "data.path=x", "eval.sets=[a]"], "eval.sets"),
+        ("demo-control", ["data.format=pairs", "data.path=x", "data.sub_batch=4"], "data.sub_"),
+    ],
+)
+def test_an_override_that_another_one_makes_idle(recipe, overrides, key) -> None:
+    check_effect(load_config(recipe, overrides[:-1]), overrides[:-1])
+    with pytest.raises(ValueError, match=f"override {key}.* has no effect with "):
+        check_effect(load_config(recipe, overrides), overrides)
+
+
+def test_an_override_that_says_none_is_taken() -> None:
     overrides = ["data.format=pairs", "data.path=x", "data.sources=[]", "data.min_score=2"]
+    overrides += ["eval.path=null", "eval.every=5"]
     check_effect(load_config("demo-control", overrides), overrides)
+    along = ["eval.every=5", "eval.along=[i2i/seen]", "data.weighting=proportional"]
+    check_effect(load_config("demo-control", along), along)
+    asked = ["eval.path=x", "eval.image_root=y", "model.bottleneck=last_hidden", "data.turns=[1,2]"]
+    check_effect(load_config("demo-compress", asked), asked)
     for recipe in recipe_names():  # what a recipe holds beside its own
         check_effect(load_config(recipe), [])
 
@@ -320,6 +352,10 @@ def test_a_section_given_a_value_and_keys(words) -> None:
         ("seed=-1", "seed: "),
         ("data.turns=[5, 3]", "data: turns [5, 3]: expected (least, most)"),
         ("compress={loss: kl, visible: true}", "the teacher sees the image too"),
+        ("optim.steps=yes", "optim.steps: expected a number, got true"),
+        ("optim.lr=no", "optim.lr: expected a number, got false"),
+        ("data.limit=yes", "data.limit: expected a number, got true"),
+        ("optim={kind: muon, token_lr: 1e-3}", "leave it out (optim.token_lr=null)"),
     ],
 )
 def test_values_out_of_range_name_their_key(override, said) -> None:

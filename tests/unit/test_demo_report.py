@@ -173,6 +173,17 @@ def test_the_remarks_say_at_equal_what(demo_folder):
     assert "2 of 2 kinds" in tokens
 
 
+def test_a_difference_has_the_decimals_of_its_figures(demo_folder):
+    path = demo_folder / "match" / "results.json"
+    results = json.loads(path.read_text())
+    results["sets"]["name_t2i/seen"]["p@1"] = 0.0085
+    path.write_text(json.dumps(results))
+    assert (
+        "0.85 % with compress and 50.0 % without, a difference of -49.15"
+        in (collect(demo_folder).remarks[0])
+    )
+
+
 def test_an_arm_that_had_not_begun_to_match_is_said(demo_folder):
     path = demo_folder / "compress" / "results.json"
     results = json.loads(path.read_text()) | {"training_seconds": 300.0}

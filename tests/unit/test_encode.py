@@ -96,6 +96,25 @@ class TestEncode:
         want = Embedder(model_folder).encode(["a", "b", None], [None, png(1), png(1)])
         assert np.abs(np.load(output) - want).max() < 1e-6
 
+    @pytest.mark.parametrize("ids", [[None, 7, None], [None, None, "x"], ["", "x", None]])
+    @pytest.mark.parametrize("written", [True, False])
+    def test_rows_without_an_id(self, model_folder, tmp_path, ids, written):
+        """Left out or null: the vector has no id."""
+        file, output = tmp_path / "rows.jsonl", tmp_path / "out.parquet"
+        rows = [{"text": "a", "id": i} for i in ids]
+        rows = rows if written else [{k: v for k, v in r.items() if v is not None} for r in rows]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        argv = ["encode", str(model_folder), "--input", str(file), "--output", str(output)]
+        assert run([*argv, "--workers", "0"]) == 0
+        assert pq.read_table(output)["id"].to_pylist() == ids
+
+    def test_a_column_of_ids_without_any(self, model_folder, tmp_path):
+        file, output = tmp_path / "rows.parquet", tmp_path / "out.parquet"
+        pq.write_table(pa.table({"text": ["a", "b"], "id": pa.nulls(2)}), file)
+        argv = ["encode", str(model_folder), "--input", str(file), "--output", str(output)]
+        assert run([*argv, "--workers", "0"]) == 0
+        assert pq.read_table(output).column_names == ["row", "embedding"]
+
     def test_npy_and_other_column_names(self, model_folder, tmp_path):
         file, output = tmp_path / "rows.parquet", tmp_path / "out.npy"
         pq.write_table(
@@ -125,9 +144,9 @@ class TestEncode:
             (['{"body": "a"}'], [], "there is no column 'text' or 'image'; it has body: name one"),
             (['{"body": "a"}'], ["--text-column", "b"], "no column 'b' (--text-column); it has"),
             (['{"text": "a", "id": 1}', '{"text": "b", "id": "x"}'], [],
-             "rows.jsonl line 2: id is 'x', expected a whole number as in the first row"),
-            (['{"text": "a"}', '{"text": "b", "id": 1}'], [], "line 1: no id, which other rows"),
-            (['{"text": "a", "id": 1}', '{"text": "b"}'], [], "line 2: no id, which other rows"),
+             "rows.jsonl line 2: id is 'x', expected a whole number as above it"),
+            (['{"text": "a"}', '{"text": "b", "id": "x"}', '{"text": "c", "id": true}'], [],
+             "rows.jsonl line 3: id is True, expected a text as above it"),
             (['{"text": "<|image_1|>"}'], [], "rows.jsonl line 1: the text has the image marks"),
         ],
     )  # fmt: skip

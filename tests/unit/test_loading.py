@@ -122,7 +122,7 @@ def test_folders_that_are_no_model(tmp_path):
     with pytest.raises(ValueError, match=r"model.path 'builtin:none': no such model"):
         resolve_model("builtin:none")
     assert resolve_model("Qwen/a-name-on-the-hub") == "Qwen/a-name-on-the-hub"
-    with pytest.raises(ValueError, match=r"init_from 'runs_of/nobody': .* run that stage first"):
+    with pytest.raises(ValueError, match=r"init_from 'runs_of/nobody': .* \(init_from=null\)"):
         resolve_model("runs_of/nobody", "init_from")  # and no question to the hub
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ValueError, match=r"the run is not finished, it has no model/ \(coma-ds ex"):
