@@ -32,7 +32,10 @@ def missing_programs() -> list[str]:
 def install() -> None:
     """Install SLURM with apt.  Raises ``RuntimeError`` with apt's words when that fails."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
+    for words in (
+        ["update", "-qq"],
+        ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
+    ):
         done = subprocess.run(
             ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=300
         )
