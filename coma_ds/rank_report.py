@@ -34,16 +34,17 @@ class RankReport:
     time: float  # seconds since the epoch
 
 
-def write_report(code: int, message: str) -> None:
-    """Leave this rank's report, if a folder is named."""
+def write_report(code: int, message: str) -> bool:
+    """Leave this rank's report, if a folder is named; True when it is there."""
     folder = os.environ.get(FOLDER)
     if not folder or not os.path.isdir(folder):
-        return
+        return False
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     report = RankReport(rank, world, code, message, time.time())
     partial = Path(folder, f"{rank}.tmp")
     partial.write_text(json.dumps(asdict(report)))
     partial.replace(Path(folder, f"{rank}.json"))
+    return True
 
 
 def read_reports(folder: Path) -> list[RankReport]:
@@ -53,12 +54,16 @@ def read_reports(folder: Path) -> list[RankReport]:
 
 
 def outcome(
-    reports: Sequence[RankReport], ranks: Sequence[int], names: Sequence[str] = ()
+    reports: Sequence[RankReport],
+    ranks: Sequence[int],
+    names: Sequence[str] = (),
+    first_node: str = "",
 ) -> tuple[int, str]:
     """The code that ``ranks`` make together, and a sentence where there is one to say.
 
     A fault wins, of several the first; then a rank without a report, which counts as code 1; then
-    86, 87 and 85.  ``names`` are those of the ranks' nodes, in the order of ``ranks``.
+    86, 87 and 85.  ``names`` are those of the ranks' nodes, in the order of ``ranks``.  Of silent
+    ranks only those on ``first_node`` are told, where it is known: the others were ended with it.
     """
     ours = [report for report in reports if report.rank in ranks]
     faults = [report for report in ours if report.code and report.code not in AS_ASKED]
@@ -67,6 +72,8 @@ def outcome(
         return first.code, first.message or f"error: rank {first.rank} ended with {first.code}"
     silent = sorted(set(ranks) - {report.rank for report in ours})
     if silent:
+        begun = [r for r in silent if names and names[ranks.index(r)] == first_node]
+        silent = begun or silent
         places = [f" on {names[ranks.index(rank)]}" if names else "" for rank in silent]
         who = ", ".join(f"rank {rank}{place}" for rank, place in zip(silent[:4], places))
         more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
@@ -83,7 +90,9 @@ def main(argv: list[str]) -> int:
     ranks = range(first, first + count)
     nodes, each = argv[4:], int(argv[3]) if argv[3:] else 1
     names = [nodes[rank // each] for rank in ranks] if nodes else []
-    code, message = outcome(read_reports(folder), ranks, names)
+    failed = folder / "failed"  # the nodes in the order in which they failed (slurm/node.sh)
+    first_node = failed.read_text().split()[0] if failed.is_file() else ""
+    code, message = outcome(read_reports(folder), ranks, names, first_node)
     if message:
         sys.stdout.write(f"{message}\n")
     return code

@@ -120,16 +120,14 @@ record() { # what this job is made of
         echo 'no git here' >"$COMA_DS_CONTROL/commit.txt"
     git diff HEAD >"$COMA_DS_CONTROL/diff.patch" 2>/dev/null || true
     scontrol show job "$SLURM_JOB_ID" >"$COMA_DS_CONTROL/job.txt" || true
-    local name value
-    (
-        umask 077
-        while IFS='=' read -r -d '' name value; do
-            case ${name^^} in
-            *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *AUTH*) value='***' ;;
-            esac
-            printf '%s=%q\n' "$name" "$value"
-        done < <(env -0) | sed -E 's#(://)[^/@]*@#\1***@#g' | sort
-    ) >"$COMA_DS_CONTROL/environment.txt"
+    local name value target=$COMA_DS_CONTROL/environment.txt
+    (umask 077 && : >"$target")
+    while IFS='=' read -r -d '' name value; do
+        case ${name^^} in
+        *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *AUTH*) value='***' ;;
+        esac
+        printf '%s=%q\n' "$name" "$value"
+    done < <(env -0) | sed -E 's#(://)[^/@]*@#\1***@#g' | sort >"$target"
 }
 
 # ---- signals: USR1 comes before the end of the time, TERM with scancel and pre-emption
@@ -181,11 +179,15 @@ hard_timer() { # a subshell: end the step, whatever hangs
 trap on_usr1 USR1
 trap on_term TERM
 
+# All cores of the node's part of the job are for all its ranks, where SLURM binds at all.
+binding=()
+if scontrol show config | grep -Eq '^TaskPlugin .*(affinity|cgroup)'; then binding=(--cpu-bind=none); fi
+
 run_step() { # srun in the background, so that signals are heard; its exit code
     local pid code count
     # shellcheck disable=SC2086  # options, split into words
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 \
-        --export=ALL --cpu-bind=none --mpi=none ${COMA_SRUN:-} "$@" </dev/null &
+        --export=ALL --mpi=none "${binding[@]}" ${COMA_SRUN:-} "$@" </dev/null &
     pid=$!
     while :; do # a signal ends a wait: only one that none has ended tells the code
         count=$signals code=0
@@ -242,7 +244,8 @@ finish() { # CODE MESSAGE: what the ranks' end means for the job
         exit 0
         ;;
     esac
-    if [[ -n $message ]]; then printf '\n%s\n' "$message" >&2; fi
+    # what a rank said is lost above what launchers and srun say of a fault
+    if [[ -n $message && $code != 85 ]]; then printf '\n%s\n' "$message" >&2; fi
     if [[ -n $ended ]]; then # requeued by SLURM itself, where it is
         say "ended by SLURM at step $(published)"
         exit 143

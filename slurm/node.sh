@@ -67,5 +67,5 @@ code=0
 case $code in
 0 | 85 | 86 | 87) exit 0 ;;
 esac
-echo "$(hostname): code $code, the launcher's $launched" >>"$failed"
+echo "${SLURMD_NODENAME:-$(hostname)} ended with $code, its launcher with $launched" >>"$failed"
 exit "$code"

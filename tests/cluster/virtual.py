@@ -112,9 +112,11 @@ class VirtualCluster:
         (self.root / "etc" / "slurm.conf").write_text(text)
         # the default, to find out, makes slurmd fail where /sys/fs/cgroup is absent
         (self.root / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        hosts = [f"10.88.0.{name.removeprefix('node')} {name}\n" for name in self.nodes]
-        hosts = ["127.0.0.1 localhost\n", "10.88.0.254 controller\n", *hosts]
-        (self.root / "etc" / "hosts").write_text("".join(hosts))
+        names = {f"10.88.0.{name.removeprefix('node')}": name for name in self.nodes}
+        names |= {"127.0.0.1": "localhost", "10.88.0.254": "controller"}
+        names |= {f"::ffff:{address}": name for address, name in names.items()}  # for torch
+        hosts = "".join(f"{address} {name}\n" for address, name in names.items())
+        (self.root / "etc" / "hosts").write_text(hosts)
 
         spaces = ["--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
         self.spaces = ["unshare", *spaces, "--mount-proc"]
@@ -150,9 +152,8 @@ class VirtualCluster:
     def run(self, *command: str, limit: float = 30, cwd: Path | None = None, **environment) -> str:
         """What a command says on the login node; fails with both streams when it fails."""
         done = subprocess.run(
-            self._inside(self.controller_init, *command),
+            self._inside(self.controller_init, "env", f"--chdir={cwd or self.root}", *command),
             env=self.environment | environment,
-            cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -179,7 +180,7 @@ class VirtualCluster:
 
     @staticmethod
     def _inside(pid: int, *command: str) -> list[str]:
-        return ["nsenter", "-t", str(pid), "-n", "-u", "-m", "-p", "-i", "-w", "--", *command]
+        return ["nsenter", "-t", str(pid), "-n", "-u", "-m", "-p", "-i", "--", *command]
 
     def power_on(self, node: str) -> None:
         """Start a node that was never up or has crashed."""
@@ -243,17 +244,45 @@ class VirtualCluster:
         """SLURM finds the node again, and ends what should not run there."""
         os.kill(self.init(node), signal.SIGUSR1)
 
-    def processes(self, node: str, word: str) -> list[int]:
-        """Processes of a node with ``word`` among the words of their command, as numbered here."""
-        found = []
+    def rank(self, node: str) -> int:
+        """The first rank of a job on a node, as this machine numbers it; 0 without one."""
         for pid in descendants(self.init(node)):
             try:
-                words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if word in words:
-                found.append(pid)
-        return found
+            if any(entry.startswith(b"RANK=") for entry in environment):
+                return pid
+        return 0
+
+    def clear(self) -> None:
+        """End all jobs, without mercy, and bring every node back."""
+        for name, machine in self.machines.items():
+            if machine.poll() is not None:
+                self.power_on(name)
+            for pid in list(descendants(self.init(name))):
+                try:
+                    if b"SLURM_JOB_ID=" in Path(f"/proc/{pid}/environ").read_bytes():
+                        os.kill(pid, signal.SIGKILL)
+                except OSError:
+                    continue
+        numbers = self.run("squeue", "-h", "-o", "%A").split()
+        if numbers:
+            self.run("scancel", *sorted(set(numbers)))
+            wait_for(lambda: not self.run("squeue", "-h"), 40, "no job is left")
+        for name in self.machines:
+            if not self._slurmd_lives(name):
+                self.start_slurmd(name)
+        self.wait_for_nodes()
+
+    def _slurmd_lives(self, node: str) -> bool:
+        for pid in descendants(self.init(node)):
+            try:
+                if Path(f"/proc/{pid}/comm").read_text().strip() == "slurmd":
+                    return True
+            except OSError:
+                continue
+        return False
 
     def wait_for_nodes(self, limit: float = 60) -> None:
         """Wait until every node can take a job."""
