@@ -57,16 +57,17 @@ def ended(job: Job) -> tuple[str, str, int]:
     return found["JobState"], found["ExitCode"].split(":")[0], int(found["Restarts"])
 
 
-def ask_to_stop(job: Job) -> None:
-    """What SLURM does before the end of the time."""
+def ask_to_stop(job: Job, task: str = "") -> None:
+    """What SLURM does before the end of the time; to one ``task`` of an array."""
     wait_for(lambda: job.published > 0, 60, f"a step of {job.name}: {job.log}")
-    job.cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))
+    job.cluster.run("scancel", "--signal=USR1", "--batch", f"{job.number}{task}")
 
 
 def test_stopped_jobs_come_back_and_end(submitted):
     """Asked first of all, while the others run."""
-    for name in ("stop", "hang", "array"):
+    for name in ("stop", "hang"):
         ask_to_stop(submitted[name])
+    ask_to_stop(submitted["array"], task="_1")  # the one with the number of the whole
     job = submitted["stop"]
     assert ended(job) == ("COMPLETED", "0", 1), job.log
     assert "job: requeued, restart 1 of at most 1: stopped at step" in job.log

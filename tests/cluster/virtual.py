@@ -165,7 +165,9 @@ class VirtualCluster:
     def job(self, number: int) -> dict[str, str]:
         """What ``scontrol show job`` says of a job, by name."""
         text = self.run("scontrol", "show", "job", str(number), "--oneliner")
-        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+        # of the task that has the number of its array SLURM shows the whole array
+        (line,) = [x for x in text.splitlines() if x.startswith(f"JobId={number} ")]
+        return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
     def wait_for_state(self, number: int, *states: str, limit: float = 120) -> dict[str, str]:
         """Wait until a job is in one of the states; what SLURM says of it then."""
