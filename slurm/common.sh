@@ -65,6 +65,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} / COMA_RAN
     ${SLURM_CPUS_ON_NODE:-1} / COMA_RANKS_PER_NODE : 1))}
 
 restarts=${SLURM_RESTART_COUNT:-0}
+# One task of an array may have the number of the whole: requeue would then take all of them.
+job_id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export COMA_NODE_NAMES="${names[*]}"
 export MASTER_ADDR=${COMA_MASTER_ADDR:-${names[0]}}
@@ -104,6 +106,14 @@ is_newest() { # false on a lost node, when the job runs elsewhere by now
     newest=$(tail -n 1 "$COMA_DS_CONTROL/starts") && [[ ${newest%% *} == "$restarts" ]]
 }
 
+# False when SLURM has requeued the job already, and this script lives on a node that it lost.
+is_ours() {
+    local said
+    said=$(scontrol show job "$job_id" --oneliner) || return 0
+    [[ $said == *" JobState=RUNNING "* || $said == *" JobState=COMPLETING "* ]] &&
+        [[ $said == *" Restarts=$restarts "* ]]
+}
+
 # On a hang NCCL's flight recorder leaves what every rank was doing.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
 export TORCH_FR_DUMP_TEMP_FILE=$COMA_DS_CONTROL/flight/rank-
@@ -119,7 +129,7 @@ record() { # what this job is made of
     git rev-parse HEAD >"$COMA_DS_CONTROL/commit.txt" 2>/dev/null ||
         echo 'no git here' >"$COMA_DS_CONTROL/commit.txt"
     git diff HEAD >"$COMA_DS_CONTROL/diff.patch" 2>/dev/null || true
-    scontrol show job "$SLURM_JOB_ID" >"$COMA_DS_CONTROL/job.txt" || true
+    scontrol show job "$job_id" >"$COMA_DS_CONTROL/job.txt" || true
     local name value target=$COMA_DS_CONTROL/environment.txt
     (umask 077 && : >"$target")
     while IFS='=' read -r -d '' name value; do
@@ -144,7 +154,7 @@ ask_to_stop() {
 }
 seconds_left() {
     local end
-    end=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -nE 's/.* EndTime=([0-9T:-]+).*/\1/p')
+    end=$(scontrol show job "$job_id" --oneliner | sed -nE 's/.* EndTime=([0-9T:-]+).*/\1/p')
     [[ -n $end ]] && echo $(($(date -d "$end" +%s) - $(date +%s)))
 }
 on_usr1() {
@@ -204,11 +214,9 @@ requeue() { # REASON
         say "not started again: $restarts restarts are the limit (COMA_MAX_RESTARTS)"
         return 1
     fi
-    local job=$SLURM_JOB_ID
-    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     say "requeued, restart $((restarts + 1)) of at most $COMA_MAX_RESTARTS: $1"
     trap '' TERM USR1
-    scontrol requeue "$job"
+    scontrol requeue "$job_id"
 }
 
 # Starts in a row, this one included, in which no step was gained.
@@ -227,6 +235,10 @@ finish() { # CODE MESSAGE: what the ranks' end means for the job
     if [[ -n $timer ]]; then kill "$timer" 2>/dev/null || true; fi
     if ! is_newest; then
         say 'this job runs elsewhere by now: this start of it ends'
+        exit 0
+    fi
+    if [[ -z $ended ]] && ! is_ours; then
+        say 'SLURM has taken this job from this node: this start of it ends'
         exit 0
     fi
     idle=$(idle_starts)

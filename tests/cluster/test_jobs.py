@@ -11,8 +11,9 @@ import signal
 import pytest
 
 from tests.cluster.jobs import STEPS, Job, Jobs
-from tests.cluster.virtual import VirtualCluster
+from tests.cluster.virtual import VirtualCluster, wait_for
 
+NO_PREFLIGHT = {"COMA_PREFLIGHT": "0"}  # it has its own tests
 pytestmark = pytest.mark.usefixtures("calm")
 
 # What a user sees of a job in which nothing happens: the first words of its lines.
@@ -47,18 +48,20 @@ def test_what_preflight_keeps_of_it(undisturbed):
     assert "\ndeepspeed 0." in (control / "versions.txt").read_text()
 
 
-def test_time_limit_and_killed_worker_under_deepspeed(jobs, cluster, undisturbed):
+def test_time_limit_and_killed_worker_under_deepspeed(jobs, undisturbed):
     """The warning comes between 10 and 40 s after the start: the run is held until it does."""
-    deepspeed = {"COMA_LAUNCHER": "deepspeed", "COMA_DS_LEAD_SECONDS": "50"}
-    job = jobs.submit("limited", "--time=1", "--signal=B:USR1@50", **deepspeed)
-    job.wait_for_step(3)
-    held = job.signal_rank("node2", signal.SIGSTOP)
-    job.wait_for_words("the end of the time is near: asked the ranks to save and stop")
-    assert cluster.rank("node2") == held
-    job.signal_rank("node2", signal.SIGCONT)
+    more = NO_PREFLIGHT | {"COMA_LAUNCHER": "deepspeed", "COMA_DS_LEAD_SECONDS": "50"}
+    job = jobs.submit("limited", "--time=1", "--signal=B:USR1@50", **more)
+    warning = "job: the end of the time is near: asked the ranks to save and stop"
+    wait_for(lambda: job.losses() or warning in job.log, 90, "a step", log=lambda: job.log)
+    if warning not in job.log:
+        job.signal_rank("node2", signal.SIGSTOP)
+        job.wait_for_words(warning)
+        job.signal_rank("node2", signal.SIGCONT)
+    jobs.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
 
     job.wait_for_start(1)
-    job.wait_for_step(job.published + 6)
+    job.wait_for_published(job.published + 1)
     job.signal_rank("node2", signal.SIGKILL)
     job.wait_for_words("error: rank 1 on node2 ended without a word")
     job.wait_for_words("requeued, restart 2 of at most 20: a fault after step")
@@ -70,18 +73,18 @@ def test_time_limit_and_killed_worker_under_deepspeed(jobs, cluster, undisturbed
 
 
 def test_preemption_killed_worker_and_dead_node_under_torchrun(jobs, cluster, undisturbed):
-    job = jobs.submit("moved")
+    job = jobs.submit("moved", **NO_PREFLIGHT)
     job.wait_for_step(3)
     more = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
     jobs.command("sbatch", *more, "--wrap", "sleep 1")
-    job.wait_for_words("restart 1: ")
+    job.wait_for_start(1)
     first = job.log.split("restart 1: ")[0]
     assert "asked the ranks to save and stop" in first, first
     assert "job: ended by SLURM at step" in first, first
     saved = job.published
-    assert saved % 5 or saved >= 5, first
+    assert saved >= 3, first
 
-    job.wait_for_step(saved + 6)
+    job.wait_for_published(saved + 1)
     job.signal_rank("node2", signal.SIGKILL)
     job.wait_for_start(2)
     job.wait_for_step(job.published + 1)
@@ -96,16 +99,16 @@ def test_preemption_killed_worker_and_dead_node_under_torchrun(jobs, cluster, un
 
 def test_a_lost_node_lives_on_and_gives_way(jobs, cluster):
     """SLURM starts the job again on node2, while its old ranks and script still run on node1."""
-    job = jobs.submit("lost", "--nodes=1")
+    job = jobs.submit("lost", "--nodes=1", **NO_PREFLIGHT)
     job.wait_for_step(6)
     old = job.signal_rank("node1", signal.SIGSTOP)
     cluster.kill_slurmd("node1")
-    job.wait_for_words("resumed", limit=60)
+    job.wait_for_words("SLURM has taken this job from this node: this start of it ends")
+    job.wait_for_words("resumed")
     assert job.log.count("node(s) node2,") == 1, job.log
     assert cluster.rank("node1") == old
     job.signal_rank("node1", signal.SIGCONT)
-    job.wait_for_words("this job runs elsewhere by now: this start of it ends")
-    assert cluster.rank("node1") == 0
+    wait_for(lambda: not cluster.rank("node1"), 60, "the old rank is gone", log=lambda: job.log)
 
     found = job.wait()
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), job.log
@@ -115,7 +118,7 @@ def test_a_lost_node_lives_on_and_gives_way(jobs, cluster):
 
 
 def test_a_cancelled_job_saves_and_stays_away(jobs):
-    job = jobs.submit("cancelled", "--nodes=1")
+    job = jobs.submit("cancelled", "--nodes=1", **NO_PREFLIGHT)
     job.wait_for_step(7)
     jobs.command("scancel", str(job.number))
     job.wait_for_words("job: ended by SLURM at step")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.jobs import ROOT, Job, Jobs
-from tests.cluster.virtual import VirtualCluster, wait_for
+from tests.cluster.virtual import VirtualCluster
 
 SECRET = "hush-4711"
 LONG = "--steps=600"
@@ -59,7 +59,7 @@ def ended(job: Job) -> tuple[str, str, int]:
 
 def ask_to_stop(job: Job, task: str = "") -> None:
     """What SLURM does before the end of the time; to one ``task`` of an array."""
-    wait_for(lambda: job.published > 0, 60, f"a step of {job.name}: {job.log}")
+    job.wait_for_published(1)
     job.cluster.run("scancel", "--signal=USR1", "--batch", f"{job.number}{task}")
 
 

@@ -43,14 +43,20 @@ def install() -> None:
             raise RuntimeError(f"apt-get {' '.join(words)} failed: {done.stderr[-1000:]}")
 
 
-def wait_for(what: Callable[[], object], limit: float, name: str, pause: float = 0.3) -> object:
-    """The first true value of ``what()``; fails after ``limit`` seconds, saying ``name``."""
+def wait_for(
+    what: Callable[[], object],
+    limit: float,
+    name: str,
+    pause: float = 0.3,
+    log: Callable[[], str] = str,
+) -> object:
+    """The first true value of ``what()``; fails after ``limit`` seconds, with ``name`` and log."""
     end = time.monotonic() + limit
     while True:
         found = what()
         if found:
             return found
-        assert time.monotonic() < end, f"not within {limit:g} s: {name}"
+        assert time.monotonic() < end, f"not within {limit:g} s: {name}\n{log()}"
         time.sleep(pause)
 
 

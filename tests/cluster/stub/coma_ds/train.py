@@ -28,8 +28,15 @@ def end(code: int, message: str = "") -> None:
     os._exit(0 if code in rank_report.AS_ASKED else code)
 
 
+def announce(step: int) -> None:
+    """Say what is published."""
+    partial = published.with_suffix(".tmp")
+    partial.write_text(str(step))
+    partial.replace(published)
+
+
 step = int(published.read_text()) if published.exists() else 0
-published.write_text(str(step))
+announce(step)
 if options.how == "user's error":
     end(2, "error: unknown key")
 if options.how == "fault":
@@ -41,7 +48,7 @@ while step < options.steps:
         end(85, "stopped")
     time.sleep(0.2)
     step += 1
-    published.write_text(str(step))
+    announce(step)
     if options.how == "fault after a step":
         end(1, "error: RuntimeError: after a step")
     if options.how == "newer":
