@@ -21,7 +21,8 @@ from coma_ds.data.mmeb import MMEBTrain
 from coma_ds.data.pairs import PairFile
 from coma_ds.data.processing import Processing, load_processing
 from coma_ds.data.sampler import BatchOrder, LocalBatches, Sources
-from coma_ds.engine import Engine, deepspeed_config, full_parameters
+from coma_ds.engine import Engine, full_parameters
+from coma_ds.mechanics import deepspeed_config
 from coma_ds.model.loading import build_model, resolve_model
 from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
@@ -102,6 +103,10 @@ class TrainingData:
     sources: Sources
     collator: Collator
     workers: int
+
+    def names(self, step: int) -> list[tuple[str, int]]:
+        """Source and row of the samples of a step, all ranks."""
+        return [(self.order.names[source], row) for source, row in self.order.global_batch(step)]
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's batches of the optimizer steps ``start .. stop - 1``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ def entry_point(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         code, message = _code_of(stop)
     except BaseException as error:
         trace = traceback.format_exc()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever ends us now need not wait
         if is_echo(error):
             time.sleep(ECHO_WAIT)
         elif rank:
@@ -66,7 +68,8 @@ def entry_point(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
 def _code_of(stop: SystemExit) -> tuple[int, str]:
     """What ``sys.exit`` was given, as a code and a message."""
     if stop.code is None or isinstance(stop.code, int):
-        return stop.code or 0, ""
+        said = getattr(stop, "message", "") if comm.rank() == 0 else ""
+        return stop.code or 0, said
     return 1, str(stop.code)
 
 
