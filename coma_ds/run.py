@@ -33,6 +33,7 @@ from coma_ds.checkpoint import (
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.collate import Collator
 from coma_ds.data.processing import Processing
+from coma_ds.data.replacements import Replacements
 from coma_ds.displays import Displays, bottleneck_table, curves, result_tags
 from coma_ds.engine import Engine, StepResult, full_parameters
 from coma_ds.evaluation import format_table, write_results
@@ -50,6 +51,7 @@ UNCOMPARED = {
     **dict.fromkeys(("output", "eval", "checkpoint", "logging"), True),
     "data": {"root", "path", "image_root", "workers"},
 }
+REPLACED_ROWS = "replaced_rows.json"
 NO_SETS = "this data brings no evaluation sets (eval.root names a folder in MMEB-eval's format)"
 NO_QUESTIONS = "no questions are asked (eval.path names a dialogue file)"
 OTHER_OBJECTIVE = {"compress": "match", "match": "compress"}
@@ -66,6 +68,7 @@ class Run:
         self.seconds = 0.0  # of training, without evaluation and saving
         self.monitor: Monitor | None = None
         self.bar: tqdm | None = None
+        self.replacements = Replacements(config.data.bad_rows)
         self.truncated = 0  # samples of this rank so far that lost text
         log_to_stderr(self.main)
         comm.decide(lambda: claim(config, keep=keep))
@@ -115,6 +118,8 @@ class Run:
             log.warning("changed since the checkpoint: %s", difference)
         load_checkpoint(engine, path)
         self.seconds = json.loads((path / "clock.json").read_text())["seconds"]
+        rows = path / REPLACED_ROWS
+        self.replacements.load(json.loads(rows.read_text()) if rows.is_file() else {})
         log.info("resumed %s: step %d of %d", path, step, config.optim.steps)
         return step
 
@@ -137,6 +142,7 @@ class Run:
         self.truncated += batch.truncated
         done = step + 1
         config = self.config
+        self.replacements.add(batch.replaced, config.optim.batch_size, batch.input_ids_T.device)
         if self.bar is not None:
             self.bar.update(1)
             speed = f"{config.optim.batch_size / took:.0f}/s"
@@ -161,6 +167,8 @@ class Run:
             "memory_mib": memory_mib(),
             "training_seconds": self.seconds,
         }
+        if config.data.bad_rows:
+            values["replaced_rows"] = float(self.replacements.replaced)
         self.monitor.scalars(done, values)
         lines = max(1, config.optim.steps // 20 // every) * every
         if self.bar is None and (done % lines == 0 or done in ends):
@@ -182,7 +190,8 @@ class Run:
     def save(self, engine: Engine, done: int) -> None:
         """Publish a checkpoint."""
         clock = json.dumps({"seconds": self.seconds})
-        extra = {"clock.json": clock, CONFIG: dump(self.config)}
+        rows = json.dumps(self.replacements.state())
+        extra = {"clock.json": clock, REPLACED_ROWS: rows, CONFIG: dump(self.config)}
         save_checkpoint(engine, self.folder / "checkpoints", done, extra=extra)
 
     def evaluate(self, engine: Engine, processing: Processing, done: int, *, final=False) -> dict:
@@ -238,6 +247,8 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         self.monitor.close()
+        if self.replacements.replaced:
+            log.warning("%s", self.replacements)
         log.info("done: %s (%.0f s of training)", self.folder, self.seconds)
 
 

@@ -18,8 +18,8 @@ FINISHED = ("model", "results.json", "neighbours.json")
 # What a run may change when it goes on: where things lie, what is watched, how memory is used.
 FREE = (
     *("recipe", "output", "init_from", "deepspeed", "eval.", "checkpoint.", "logging.", "chunk."),
-    *("data.root", "data.path", "data.image_root", "data.workers", "model.path"),
-    *("model.attention", "model.arithmetic", "model.gradient_checkpointing"),
+    *("data.root", "data.path", "data.image_root", "data.workers", "data.bad_rows"),
+    *("model.path", "model.attention", "model.arithmetic", "model.gradient_checkpointing"),
 )
 _held: dict[str, int] = {}  # locks of this process, which may run one after the other in a folder
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from coma_ds.data import images
-from coma_ds.data.images import BytesPicture, FilePicture, as_picture, check_sample, decode
+from coma_ds.data.images import BytesPicture, FilePicture, as_picture, check_pictures, decode
 from coma_ds.data.records import Dialogue, Pair, Side, Turn
 
 # left half red, right half blue: turns and flips are visible
@@ -266,31 +266,29 @@ def test_as_picture() -> None:
         as_picture(3, "/images", "r")
 
 
-def test_check_sample(tmp_path: object) -> None:
+def test_check_pictures(tmp_path: object) -> None:
     root = os.fspath(tmp_path)
-    data = _png()
-    for row in range(20):
-        with open(os.path.join(root, f"{row}.png"), "wb") as file:
-            file.write(data)
-
-    def pair(row: int) -> Pair:
-        side = Side("<|image_1|>", (FilePicture(root, f"{row}.png"),))
-        return Pair(Side("q"), Side("t"), (side,), name=f"line {row}")
-
-    def talk(row: int) -> Dialogue:
-        return Dialogue((FilePicture(root, f"{row}.png"),), (Turn("q", "a"),), name=f"line {row}")
-
-    for make in (pair, talk):
-        reader = [make(row) for row in range(20)]
-        check_sample(reader)
-        os.rename(os.path.join(root, "13.png"), os.path.join(root, "away"))
-        for count in (None, 20, 64):
-            with pytest.raises(ValueError, match=r"line 13: image .*13\.png does not exist"):
-                check_sample(reader, rows=count, opened=0)
-        check_sample(reader, rows=2, opened=2)
-        os.rename(os.path.join(root, "away"), os.path.join(root, "13.png"))
-    with open(os.path.join(root, "0.png"), "wb") as file:
-        file.write(data[:40])
-    check_sample(reader, opened=0)
-    with pytest.raises(ValueError, match=r"line 0: image .*0\.png cannot be decoded"):
-        check_sample(reader, opened=1)
+    for name in ("first", "second"):
+        with open(os.path.join(root, f"{name}.png"), "wb") as file:
+            file.write(_png())
+    first, second = FilePicture(root, "first.png"), FilePicture(root, "second.png")
+    side = Side("<|image_1|>", (first,)), Side("<|image_1|>", (second,))
+    records = [
+        Pair(Side("q"), side[0], (side[1],), name="line 13"),
+        Pair(*side, name="line 13"),
+        Dialogue((first, second), (Turn("q", "a"),), name="line 13"),
+    ]
+    for record in records:
+        for decoded in (False, True):
+            check_pictures(record, decoded=decoded)
+    with open(second.name, "wb") as file:
+        file.write(_png()[:40])
+    for record in records:
+        check_pictures(record, decoded=False)
+        with pytest.raises(ValueError, match=r"line 13: image .*second\.png cannot be decoded"):
+            check_pictures(record, decoded=True)
+    os.unlink(second.name)
+    for record in records:
+        for decoded in (False, True):
+            with pytest.raises(ValueError, match=r"line 13: image .*second\.png does not exist"):
+                check_pictures(record, decoded=decoded)
