@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from coma_ds.assemble import TrainingData, build_data
-from coma_ds.batch import Batch, Replaced
+from coma_ds.batch import Replaced
 from coma_ds.config import MatchConfig, RunConfig, validate
 from coma_ds.data.collate import Collator
 from coma_ds.data.dialogues import DialogueFile, SingleTurns
@@ -20,11 +18,8 @@ from coma_ds.data.pairs import PairFile
 from coma_ds.data.replacements import ALWAYS_ALLOWED, IN_A_ROW, WARNINGS, Replacements, Rows
 from coma_ds.data.sampler import LocalBatches, Sources
 from coma_ds.objectives.match import Match
-from tests.folders import png
-from tests.odd_images import bomb, picture, stored
+from tests.pair_files import BROKEN, ROWS, bad_rows, digests, pairs_of, write
 from tests.tiny import demo_processing
-
-ROWS = 40
 
 
 @cache
@@ -32,66 +27,9 @@ def collator(max_length: int = 64) -> Collator:
     return Collator(demo_processing(max_length=max_length))
 
 
-def write(folder: Path, bad: dict[int, dict | str], rows: int = ROWS) -> Path:
-    """Pairs of a text and a picture of its own; ``bad``: cells of a row, or its whole line."""
-    lines = []
-    for row in range(rows):
-        (folder / f"{row}.png").write_bytes(png(row))
-        cells = {"query": f"find number {row}", "target_image": f"{row}.png"}
-        change = bad.get(row, {})
-        lines.append(change if isinstance(change, str) else json.dumps(cells | change))
-    (folder / "broken.png").write_bytes(png(0)[:-300])
-    (folder / "pairs.jsonl").write_text("\n".join(lines))
-    return folder
-
-
 def rows_of(folder: Path, *, replaces: bool = True) -> Rows:
     reader = PairFile(folder / "pairs.jsonl", folder)
     return Rows(Sources({"pairs": reader}), collator(), replaces=replaces)
-
-
-def digests(batch: Batch) -> list[str]:
-    """One of each sample, of all that the model sees of it."""
-    found = []
-    for part in batch.split([torch.tensor([i]) for i in range(len(batch))], with_images=True):
-        state = hashlib.blake2b(digest_size=8)
-        tensors = [part.input_ids_T, part.position_ids_3T, part.labels_T, part.content_ids_B]
-        tensors += [part.images.pixels_PC, part.images.grid_I3] if part.images else []
-        for tensor in tensors:
-            state.update(tensor.numpy().tobytes())
-        found.append(state.hexdigest())
-    return found
-
-
-BROKEN = {"target_image": "broken.png"}
-
-
-def bad_rows(folder: Path) -> dict[str, tuple[dict | str, str]]:
-    """Every way to be bad: the change of the row, and what is said of it."""
-    (folder / "empty.png").touch()
-    (folder / "bomb.png").write_bytes(bomb())
-    (folder / "thin.png").write_bytes(stored(picture(0)[:1].repeat(5, 1)[:, :300]))
-    (folder.parent / "outside.png").write_bytes(png(0))
-    os.symlink(folder.parent / "outside.png", folder / "link.png")
-    image = "target_image"
-    return {
-        "json": ('{"query": "x"', "not valid JSON"),
-        "no object": ("[1]", "expected a JSON object"),
-        "empty": ({"query": ""}, "empty query"),
-        "type": ({"query": 3}, "query must be a text, got int 3"),
-        "missing": ({image: "none.png"}, "none.png does not exist"),
-        "broken": (BROKEN, "broken.png is truncated or broken"),
-        "empty file": ({image: "empty.png"}, "is an empty file"),
-        "bomb": ({image: "bomb.png"}, "bomb.png is too large to decode safely"),
-        "thin": ({image: "thin.png"}, "is 300 x 1 pixels, an aspect ratio over 200"),
-        "parent": ({image: "../outside.png"}, "leaves the image root"),
-        "link": ({image: "link.png"}, "outside the image root"),
-        "absolute": ({image: "/etc/hostname"}, "is absolute"),
-        "url": ({image: "http://host/a.png"}, "is a URL"),
-        "spelled": ({"query": "say <|image_pad|>"}, "the text 'say <|image_pad|>' contains"),
-        "surrogate": ({"query": "half \ud800"}, "is not valid Unicode"),
-        "tokens": ({image: ["1.png"] * 5}, "the images alone take 90 tokens"),
-    }
 
 
 class TestRows:
@@ -193,12 +131,6 @@ def config_of(folder: Path, bad_rows: float = 0.5, workers: int = 0) -> RunConfi
 
 def data_of(folder: Path, **options) -> TrainingData:
     return build_data(config_of(folder, **options), collator().processing)
-
-
-def pairs_of(batch: Batch) -> list[tuple[str, ...]]:
-    """Digests of query and target of each pair."""
-    found = digests(batch)
-    return list(zip(found[: batch.pairs], found[batch.pairs : 2 * batch.pairs]))
 
 
 BAD = {3: BROKEN, 4: {"query": ""}, 11: '{"query"', 20: {"query": "<|compress_1|>"}, 39: BROKEN}
