@@ -89,12 +89,16 @@ class TestRows:
 
     def test_a_fault_of_the_machine_is_no_bad_row(self, tmp_path, monkeypatch):
         rows = rows_of(write(tmp_path, {}))
+        prepare = rows.collator.prepare
         for fault in (OSError("disk"), MemoryError(), RuntimeError("bug")):
+            faults = [fault]
 
-            def fail(_, fault=fault):
-                raise fault
+            def fail_once(record, faults=faults):
+                if faults:
+                    raise faults.pop()
+                return prepare(record)
 
-            monkeypatch.setattr(rows.collator, "prepare", fail)
+            monkeypatch.setattr(rows.collator, "prepare", fail_once)
             with pytest.raises(type(fault)):
                 rows[0, 1]
 
