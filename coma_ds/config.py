@@ -115,6 +115,7 @@ class DataConfig(Section):
     min_score: float | None = None  # pairs: rows with a lower score are left out, and counted
     columns: dict[str, str] = {}  # pairs: our column name to the file's
     leave_out_empty: bool = False  # mmeb: rows with an empty side are left out, and counted
+    bad_rows: float = Field(0.0, ge=0, lt=1)  # share of rows that others may replace; 0: none
     workers: int = Field(1, ge=0)
     length: int = Field(100_000, ge=1)  # builtin: samples of an epoch
     turns: tuple[int, int] = (3, 5)  # builtin dialogues: least and most

@@ -29,6 +29,7 @@ from coma_ds.checkpoint import Checkpoints, Published, load_checkpoint
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.collate import Collator
 from coma_ds.data.processing import Processing
+from coma_ds.data.replacements import Replacements
 from coma_ds.displays import Displays, bottleneck_table, curves, result_tags
 from coma_ds.engine import Engine, StepResult, full_parameters
 from coma_ds.evaluation import format_table, write_results
@@ -67,6 +68,7 @@ class Run:
         self.seconds = 0.0  # of training, without evaluation and saving
         self.monitor: Monitor | None = None
         self.bar: tqdm | None = None
+        self.replacements = Replacements(config.data.bad_rows)
         self.truncated = 0  # samples of this rank so far that lost text
         self.values: dict[str, float] = {}  # of the last evaluation
         self.evaluated = -1  # the step after which that was
@@ -132,6 +134,7 @@ class Run:
         state = json.loads((path / STATE).read_text())
         self.seconds = state["seconds"]
         self.guard.load(state["guard"])
+        self.replacements.load(state["replaced_rows"])
         log.info("resumed %s: step %d of %d", path, step, config.optim.steps)
         return step
 
@@ -169,6 +172,7 @@ class Run:
         self.truncated += batch.truncated
         done = step + 1
         config = self.config
+        self.replacements.add(batch.replaced, config.optim.batch_size, batch.input_ids_T.device)
         if self.bar is not None:
             self.bar.update(1)
             speed = f"{config.optim.batch_size / took:.0f}/s"
@@ -194,6 +198,8 @@ class Run:
             "memory_mib": memory_mib(),
             "training_seconds": self.seconds,
         }
+        if config.data.bad_rows:
+            values["replaced_rows"] = float(self.replacements.replaced)
         self.monitor.scalars(done, values)
         lines = max(1, config.optim.steps // 20 // every) * every
         if self.bar is None and (done % lines == 0 or done in ends):
@@ -215,8 +221,9 @@ class Run:
     def save(self, engine: Engine, done: int) -> bool:
         """Write a checkpoint, which is published beside the training; False where it failed."""
         self._tell(self.checkpoints.settle())
-        state = json.dumps({"seconds": self.seconds, "guard": self.guard.state()})
-        extra = {STATE: state, CONFIG: dump(self.config)}
+        remembered = {"guard": self.guard, "replaced_rows": self.replacements}
+        state = {"seconds": self.seconds} | {k: v.state() for k, v in remembered.items()}
+        extra = {STATE: json.dumps(state), CONFIG: dump(self.config)}
         metric = self.values.get(self.config.checkpoint.best) if self.evaluated == done else None
         problem = self.checkpoints.save(engine, done, extra=extra, metric=metric)
         self._tell(problem)
@@ -314,6 +321,8 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         self.monitor.close()
+        if self.replacements.replaced:
+            log.warning("%s", self.replacements)
         log.info("done: %s (%.0f s of training)", self.folder, self.seconds)
 
 

@@ -22,19 +22,10 @@ CONFIG = "config.yaml"
 FINISHED = ("model", "results.json", "neighbours.json")
 # What a run may change when it goes on: where things lie, what is watched, how memory is used.
 FREE = (
-    *(
-        "recipe",
-        "output",
-        "init_from",
-        "deepspeed",
-        "eval.",
-        "checkpoint.",
-        "logging.",
-        "chunk.",
-        "guard.",
-    ),
-    *("data.root", "data.path", "data.image_root", "data.workers", "model.path"),
-    *("model.attention", "model.arithmetic", "model.gradient_checkpointing"),
+    *("recipe", "output", "init_from", "deepspeed", "eval.", "checkpoint.", "logging.", "chunk."),
+    *("data.root", "data.path", "data.image_root", "data.workers", "data.bad_rows"),
+    *("guard.", "model.path", "model.attention", "model.arithmetic"),
+    "model.gradient_checkpointing",
 )
 _held: dict[str, int] = {}  # locks of this process, which may run one after the other in a folder
 

@@ -144,8 +144,6 @@ def test_a_finished_run_is_replaced_on_purpose_only(runs):
     assert [step for step, *_ in losses(runs["replaced"])] == [1, 2]
 
 
-
-
 def test_a_checkpoint_says_what_it_holds(runs, folders):
     checkpoint = shard(folders["whole"], 6).parent
     manifest = json.loads((checkpoint / "manifest.json").read_text())
