@@ -41,7 +41,7 @@ lint: $(STAMP)
 	@$(PY) -m ruff check .
 
 test: lint
-	@$(PY) -m pytest -n 2 --dist loadfile
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -20,8 +20,10 @@ from coma_ds.data.dialogues import DialogueFile, SingleTurns
 from coma_ds.data.mmeb import MMEBTrain
 from coma_ds.data.pairs import PairFile
 from coma_ds.data.processing import Processing, load_processing
+from coma_ds.data.replacements import Rows
 from coma_ds.data.sampler import BatchOrder, LocalBatches, Sources
-from coma_ds.engine import Engine, deepspeed_config, full_parameters
+from coma_ds.engine import Engine, full_parameters
+from coma_ds.mechanics import deepspeed_config
 from coma_ds.model.loading import build_model, resolve_model
 from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
@@ -51,6 +53,7 @@ def build_sources(config: RunConfig) -> dict[str, Sequence]:
                 split=data.split,
                 limit=data.limit,
                 leave_out_empty=data.leave_out_empty,
+                check_all=not data.bad_rows,
             )
             for name in data.sources
         }
@@ -102,16 +105,22 @@ class TrainingData:
     sources: Sources
     collator: Collator
     workers: int
+    replaces: bool = False  # bad rows, by others of their source
+
+    def names(self, step: int) -> list[tuple[str, int]]:
+        """Source and row of the samples of a step, all ranks."""
+        return [(self.order.names[source], row) for source, row in self.order.global_batch(step)]
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's batches of the optimizer steps ``start .. stop - 1``.
 
-        Raises ``ValueError`` for a bad row or image, with its own words, from workers as well.
+        Raises ``ValueError`` for a bad row or image that is not replaced, with its own words, from
+        workers as well.
         """
         loader = DataLoader(
-            self.sources,
+            Rows(self.sources, self.collator, replaces=self.replaces),
             batch_sampler=LocalBatches(self.order, comm.rank(), comm.world_size(), start, stop),
-            collate_fn=self.collator,
+            collate_fn=self.collator.pack,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=2 if self.workers else None,
@@ -131,7 +140,7 @@ def build_data(config: RunConfig, processing: Processing) -> TrainingData:
     sources = Sources(build_sources(config))
     data: DataConfig = config.data
     order = BatchOrder(sources.sizes, size, data.sub_batch, data.weighting, config.seed)
-    return TrainingData(order, sources, Collator(processing), data.workers)
+    return TrainingData(order, sources, Collator(processing), data.workers, data.bad_rows > 0)
 
 
 def build_processing(config: RunConfig) -> tuple[str, Processing]:

@@ -51,6 +51,15 @@ class ImageBatch:
         return replace(self, pixels_PC=self.pixels_PC.to(device, non_blocking=True))
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """A bad row of the data, in whose place another one stands."""
+
+    reason: str  # begins with the row's name
+    kind: str  # equal for rows that are bad in the same way
+    by: str  # the name of the row in its place
+
+
 def ranges(lengths: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
     """Positions covered by the spans ``picks`` of consecutive spans, int64 [sum of lengths]."""
     starts = lengths.cumsum(0) - lengths
@@ -103,6 +112,7 @@ class Batch:
     negative_counts_N: torch.Tensor | None = None  # of each pair, int64 on the host, like its task
     task_ids_N: torch.Tensor | None = None
     truncated: int = 0  # samples that lost text to the longest length; parts do not carry it
+    replaced: tuple[Replaced, ...] = ()  # rows that were bad; nor this
 
     def __len__(self) -> int:
         return len(self.lengths_B3)

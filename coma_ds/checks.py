@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coma_ds import comm
@@ -12,10 +13,11 @@ from coma_ds.assessment import bottleneck_questions, load_tasks
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.builtin.evaluation_sets import HALVES, TASKS, check_place
 from coma_ds.data.collate import Collator, named
-from coma_ds.data.images import FilePicture, check_sample
+from coma_ds.data.images import FilePicture, check_pictures
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
 from coma_ds.data.processing import Processing
 from coma_ds.data.records import Dialogue, Pair, RankingTask
+from coma_ds.data.replacements import ALWAYS_ALLOWED, NAMED
 from coma_ds.inference import swap_images
 
 log = logging.getLogger("coma_ds")
@@ -33,8 +35,56 @@ class Looks:
 
 EVERY_RUN, DRY_RUN = Looks(20_000, 500, 8, 64), Looks(10**7, 20_000, 200, 256)
 GENERATED = 2000  # of a built-in source: its rows are drawn, not read
-AT_A_TIME = 16
+AT_A_TIME = 16  # questions
 SIDES, SIDES_COLLATED = 200, 8  # queries, and candidates, of each evaluation set
+
+
+class BadRows:
+    """Bad rows among those looked at: the first one is an error, or a share of them ``allowed``."""
+
+    def __init__(self, allowed: float) -> None:
+        self.allowed, self.rows = allowed, 0
+        self._reasons: dict[tuple[str, int], str] = {}
+        self._closer: dict[str, tuple[int, int]] = {}  # bad rows and rows, by the look
+
+    def look(self, source: str, rows: Sequence[int], check: Callable[[int], None], how="") -> None:
+        """``check`` all ``rows`` of a source; ``how`` names a look at some of the rows again.
+
+        Raises the first ``ValueError`` where none is allowed.
+        """
+        bad = 0
+        for row in rows:
+            try:
+                check(row)
+            except ValueError as error:
+                if not self.allowed:
+                    raise
+                bad += 1
+                self._reasons.setdefault((source, row), str(error))
+        if how:
+            before = self._closer.get(how, (0, 0))
+            self._closer[how] = before[0] + bad, before[1] + len(rows)
+        else:
+            self.rows += len(rows)
+
+    def judge(self) -> None:
+        """Warn of the bad rows; ``ValueError`` when their share is above the one allowed.
+
+        So it is when that of a closer look is, where a few bad rows are no measure.
+        """
+        if not self._reasons:
+            return
+        first = "\n".join(list(self._reasons.values())[:NAMED])
+        shares = [(len(self._reasons), self.rows)]
+        shares += [share for share in self._closer.values() if share[0] > ALWAYS_ALLOWED]
+        bad, rows = max(shares, key=lambda share: share[0] / share[1])
+        found = f"{bad} of {rows} rows looked at are bad"
+        if bad > self.allowed * rows:
+            raise ValueError(
+                f"{found}, more than data.bad_rows {self.allowed:g} allows: repair or drop them, "
+                f"or raise data.bad_rows; the first of them:\n{first}"
+            )
+        log.warning("%s; others will be read in their place:\n%s", found, first)
 
 
 def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
@@ -43,7 +93,8 @@ def check_run(config: RunConfig, data: TrainingData, *, thorough: bool) -> None:
     ``EVERY_RUN`` says how many rows of each source, ``DRY_RUN`` for a ``thorough`` look, which
     also tells a line on each source.  What is evaluated is read, and some of its images found.
 
-    Raises ``ValueError`` for the first bad row, image or set.
+    Raises ``ValueError`` for the first bad row or image (with ``data.bad_rows``: too many of them)
+    or evaluation set.
     """
     comm.decide(lambda: _check_run(config, data, thorough))
 
@@ -52,24 +103,43 @@ def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
     if thorough:
         log.info("the config of this run:\n%s", dump(config).rstrip())
     looks = DRY_RUN if thorough else EVERY_RUN
-    tasks: set[str] = set()
+    bad, tasks = BadRows(config.data.bad_rows), set()
     for name, reader in data.sources.readers.items():
-        built = min(len(reader), GENERATED if config.data.format == "builtin" else looks.built)
-        for record in (reader[row] for row in _spread(built, len(reader))):
-            check_texts(record, data.collator.processing)
-            tasks.add(getattr(record, "task", ""))
-        check_sample(reader, rows=min(looks.found, built), opened=looks.decoded)
-        rows, longest = _spread(looks.collated, len(reader)), 0
-        for start in range(0, len(rows), AT_A_TIME):
-            batch = data.collator([reader[row] for row in rows[start : start + AT_A_TIME]])
-            longest = max(longest, int(batch.sizes_B.max()))
+        if config.data.format == "builtin":
+            looks = replace(looks, built=GENERATED)
+        longest = _look_at(name, reader, data.collator, looks, bad, tasks)
         if thorough:
             words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
-            log.info(words, name, built, len(reader), longest)
+            log.info(words, name, min(looks.built, len(reader)), len(reader), longest)
+    bad.judge()
     check_tasks(config, tasks)
     check_evaluation(config, data.collator, thorough)
     if thorough:
         log.info("%s", arithmetic(config, data))
+
+
+def _look_at(
+    name: str, reader: Sequence, collator: Collator, looks: Looks, bad: BadRows, tasks: set[str]
+) -> int:
+    """The tokens of the longest sample that was made; ``tasks`` takes those of the good rows."""
+    built = _spread(looks.built, len(reader))
+    found = [built[at] for at in _spread(looks.found, len(built))]
+    decoded = {found[at] for at in _spread(looks.decoded, len(found))}
+    sizes = [0]
+
+    def texts(row: int) -> None:
+        record = reader[row]
+        check_texts(record, collator.processing)
+        tasks.add(getattr(record, "task", ""))
+
+    def samples(row: int) -> None:
+        sizes.append(int(collator([reader[row]]).sizes_B.max()))
+
+    bad.look(name, built, texts)
+    bad.look(name, found, lambda row: check_pictures(reader[row], decoded=row in decoded), "found")
+    some = [built[at] for at in _spread(looks.collated, len(built))]
+    bad.look(name, some, samples, "collated")
+    return max(sizes)
 
 
 def _spread(count: int, length: int) -> list[int]:

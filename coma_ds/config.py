@@ -115,6 +115,7 @@ class DataConfig(Section):
     min_score: float | None = None  # pairs: rows with a lower score are left out, and counted
     columns: dict[str, str] = {}  # pairs: our column name to the file's
     leave_out_empty: bool = False  # mmeb: rows with an empty side are left out, and counted
+    bad_rows: float = Field(0.0, ge=0, lt=1)  # share of rows that others may replace; 0: none
     workers: int = Field(1, ge=0)
     length: int = Field(100_000, ge=1)  # builtin: samples of an epoch
     turns: tuple[int, int] = (3, 5)  # builtin dialogues: least and most
@@ -226,8 +227,19 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(0, ge=0)  # steps, and at the end; 0: none are written
+    every: int = Field(0, ge=0)  # steps, and at the end; 0: only when asked to save or stop
     resume: str = "auto"  # auto | none | a checkpoint folder
+    keep_last: int = Field(2, ge=0)  # 0: all
+    keep_every: int = Field(0, ge=0)  # those of steps that it divides stay as well; 0: none
+    best: str = ""  # an evaluated value: the checkpoint where it was highest stays as well
+
+
+class GuardConfig(Section):
+    """What becomes of steps that go wrong."""
+
+    skips_in_a_row: int = Field(10, ge=1)  # steps without a finite gradient that end the run
+    spike: float = Field(8.0, ge=0)  # a loss so many deviations above the last is told; 0: off
+    skip_spikes: bool = False  # and its step left out
 
 
 class LoggingConfig(Section):
@@ -254,6 +266,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

@@ -1,14 +1,13 @@
 """DeepSpeed, and nothing else knows it: start, wrap, backward, step.
 
-The only importer of deepspeed (with ``checkpoint``'s conversion of shards).
+The only importer of deepspeed, with ``mechanics``, which reads its config.
 """
 
 from __future__ import annotations
 
-import copy
 import ctypes
+import hashlib
 import io
-import json
 import logging
 import math
 import os
@@ -17,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,29 +25,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import safe_get_full_grad, safe_set_full_grad, set_z3_leaf_modules
 
+from coma_ds import comm
 from coma_ds.config import RunConfig
+from coma_ds.mechanics import deepspeed_config
 from coma_ds.optim import learning_rate
 
 log = logging.getLogger("coma_ds")
 
 Result = TypeVar("Result")
+FINGERPRINT_AT_A_TIME = 2**22  # elements, for memory
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
-# What the run config says; a DeepSpeed file that says it too is an error.
-OWNED_BY_RUN = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "torch_autocast",
-    "data_types",
-)
 
 
 def start(timeout_minutes: int | None = None) -> torch.device:
@@ -115,83 +103,6 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def read_mechanics(name: str) -> dict:
-    """The ZeRO mechanics: a name of ``ds_configs/`` or a JSON file.
-
-    Raises ``ValueError`` for a file that is missing, is no JSON object, or says what the run
-    config owns.
-    """
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"deepspeed file {name!r} does not exist")
-        text = path.read_text()
-    else:
-        folder = resources.files("coma_ds.ds_configs")
-        known = sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".json"))
-        if name not in known:
-            raise ValueError(f"deepspeed {name!r}: expected a JSON file or one of {known}")
-        text = folder.joinpath(f"{name}.json").read_text()
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed file {name!r} is not JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"deepspeed file {name!r}: expected an object, found {tree!r:.60}")
-    for key in OWNED_BY_RUN:
-        if key in tree:
-            raise ValueError(
-                f"deepspeed file {name!r} sets {key!r}, which the run config owns "
-                "(optim.batch_size, optim.clip, optim.lr, precision): take it out"
-            )
-    return tree
-
-
-def deepspeed_config(config: RunConfig) -> dict:
-    """The complete DeepSpeed config of a run: the file's mechanics and the run's numbers.
-
-    One forward at a time is one micro batch; accumulation is ours (boundaries), so 1 there.
-    Raises ``ValueError`` naming the file for what DeepSpeed does not accept.
-    """
-    tree = read_mechanics(config.deepspeed)
-    zero = tree.setdefault("zero_optimization", {"stage": 0})
-    stage = zero.setdefault("stage", 0) if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ValueError(
-            f"deepspeed file {config.deepspeed!r}: zero_optimization.stage must be 0, 1, 2 or 3, "
-            f"found {zero!r:.60}"
-        )
-    if '"auto"' in json.dumps(tree):
-        raise ValueError(
-            f"deepspeed file {config.deepspeed!r} holds 'auto', which transformers' Trainer fills "
-            "in: give the value, or leave the key out for DeepSpeed's default"
-        )
-    tree |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.clip,  # DeepSpeed clips at 1.0 when it is not said
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-    if config.precision == "bf16":
-        tree["bf16"] = {"enabled": True}
-        if stage > 0:  # without ZeRO DeepSpeed has no fp32 accumulation for bf16 parameters
-            tree["data_types"] = {"grad_accum_dtype": "fp32"}
-    try:
-        DeepSpeedConfig(copy.deepcopy(tree))
-    except Exception as error:  # of all kinds, by the section that is wrong
-        where = ""
-        if hasattr(error, "errors"):  # pydantic's
-            first = error.errors()[0]
-            where, error = ".".join(map(str, first["loc"])) + ": ", first["msg"]
-        raise ValueError(
-            f"deepspeed file {config.deepspeed!r} is not what DeepSpeed accepts: {where}{error}"
-        ) from None
-    return tree
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What an optimizer step did; ``grad_norm`` before clipping, inf for a skipped step."""
@@ -217,6 +128,7 @@ class Engine:
             self._engine, self.optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self.ds_config
             )
+        self._frozen: dict[str, int | str] | None = None
         clip = self._engine.gradient_clipping()
         if clip != config.optim.clip:
             raise RuntimeError(f"DeepSpeed clips at {clip}, not at {config.optim.clip}")
@@ -283,25 +195,143 @@ class Engine:
                 found[name] = gradient.detach().float().cpu().clone()
         return found
 
+    def spoil_gradients(self) -> None:
+        """Make ``step`` skip this step on every rank, as for a gradient that is not finite."""
+        parameter = min(
+            (p for p in self.model.parameters() if p.requires_grad),
+            key=lambda p: p.ds_numel if hasattr(p, "ds_id") else p.numel(),
+        )
+        shape = parameter.ds_shape if hasattr(parameter, "ds_id") else parameter.shape
+        spoilt = torch.full(tuple(shape), math.nan, device=self.device)
+        safe_set_full_grad(parameter, spoilt)
+
     def discard_gradients(self) -> None:
         """Forget the gradients of an unfinished step: a step at rate 0, then nothing is left."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = 0.0
         self._engine.step()
 
-    def save(self, folder: Path, tag: str) -> None:
-        """DeepSpeed's shards of this rank under ``folder/tag``; no pointer file is written."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def save(self, folder: Path, tag: str) -> tuple[list[Path], list[str]]:
+        """DeepSpeed's shards of this rank under ``folder/tag``, frozen weights left out.
+
+        Returns the files of this rank, and what could not be written: a full disk raises on no
+        rank, so that none waits for another.  No pointer file is written.
+        """
+        writer = _Writer(self._engine.checkpoint_engine)
+        self._engine.checkpoint_engine = writer
+        hook = self.model.register_state_dict_post_hook(_drop_frozen)
+        try:
+            self._engine.save_checkpoint(
+                str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True
+            )
+        finally:
+            hook.remove()
+            self._engine.checkpoint_engine = writer.engine
+        return writer.files, writer.problems
 
     def load(self, folder: Path, tag: str) -> None:
-        """Read what ``save`` wrote; raises ``ValueError`` when there is nothing to read."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        """Read what ``save`` wrote; frozen weights stay as they are.
+
+        Raises ``ValueError`` when there is nothing to read, or another set of weights.
+        """
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag=tag, custom_load_fn=_load_all_but_frozen
+        )
         if path is None:
             raise ValueError(f"checkpoint {folder / tag}: DeepSpeed found nothing to load")
+
+    def load_universal(self, folder: Path, tag: str) -> None:
+        """Read a checkpoint in DeepSpeed's universal form, of any world size."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self._engine.optimizer.param_groups
+        ]
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            self.load(folder, tag)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        # DeepSpeed (0.19.8, stage 3) gives every group the settings of the first, and all of them
+        # one and the same step counter, which then counts once for each.
+        for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        for state in getattr(self._engine.optimizer, "optimizer", self.optimizer).state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    def frozen_weights(self) -> dict[str, int | str]:
+        """Number and fingerprint of the weights that a checkpoint leaves out; empty without any.
+
+        The fingerprint is the same at any world size and ZeRO stage.  Every rank calls it; what
+        it costs is paid once.
+        """
+        if self._frozen is None:
+            frozen = [(n, p) for n, p in self.model.named_parameters() if not p.requires_grad]
+            self._frozen = {}
+            if frozen:
+                total = sum(p.ds_numel if hasattr(p, "ds_id") else p.numel() for _, p in frozen)
+                self._frozen = {"parameters": total, "fingerprint": _fingerprint(frozen)}
+        return self._frozen
 
     def destroy(self) -> None:
         """Free hooks and buffers (several engines may live in one process, one at a time)."""
         self._engine.destroy()
+
+
+class _Writer(TorchCheckpointEngine):
+    """Writes as ``engine`` does; remembers the files, and the errors instead of raising them."""
+
+    def __init__(self, engine) -> None:
+        super().__init__()
+        self.engine, self.name = engine, engine.name
+        self.files: list[Path] = []
+        self.problems: list[str] = []
+
+    def save(self, state_dict, path: str) -> None:
+        try:
+            self.engine.save(state_dict, path)
+            self.files.append(Path(path))
+        except (OSError, RuntimeError) as error:
+            self.problems.append(f"{path} cannot be written: {error}")
+
+
+def _drop_frozen(module, state: dict, prefix: str, _) -> None:
+    """DeepSpeed leaves a frozen weight out under the first of its names only."""
+    if not prefix:
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(name, None)
+
+
+def _load_all_but_frozen(src: dict, dst) -> None:
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    trained = {n for n, p in dst.named_parameters(remove_duplicate=False) if p.requires_grad}
+    if problems := sorted(trained.intersection(missing)) + sorted(unexpected):
+        raise ValueError(f"the checkpoint is of another model: {', '.join(problems[:5])}")
+
+
+def _fingerprint(parameters: list[tuple[str, torch.nn.Parameter]]) -> str:
+    """A sum over all elements of their bits mixed with name and place: shards add up to it."""
+    total = None
+    for name, parameter in parameters:
+        start, values = 0, parameter.detach().flatten()
+        if hasattr(parameter, "ds_id"):
+            values = parameter.ds_tensor.detach().flatten()
+            start = comm.rank() * values.numel()
+            values = values[: max(0, parameter.ds_numel - start)]  # the last shard is padded
+        elif comm.rank():
+            values = values[:0]
+        if total is None:
+            total = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+        for first in range(0, values.numel(), FINGERPRINT_AT_A_TIME):
+            part = values[first : first + FINGERPRINT_AT_A_TIME]
+            bits = part.view(torch.int16 if part.element_size() == 2 else torch.int32).long()
+            place = torch.arange(len(bits), device=bits.device) + (start + first + seed)
+            mixed = (bits + 1) * -7046029254386353131 + place * -4658895280553007687
+            mixed = (mixed ^ (mixed >> 29)) * -7723592293110705685
+            total += (mixed ^ (mixed >> 32)).sum()
+    return f"{int(comm.all_sum(total)) & (2**64 - 1):016x}"
 
 
 @contextmanager

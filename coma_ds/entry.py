@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ launcher = os.pidfd_open(int(sys.argv[1]))
 if select.select([launcher], [], [], 60)[0]:
     os.write(2, sys.argv[2].encode() + b"\\n")
 """
+KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)")
 ECHO_WAIT, TURN_WAIT = 20.0, 5.0  # seconds
 
 
@@ -45,16 +48,18 @@ def entry_point(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         code, message = _code_of(stop)
     except BaseException as error:
         trace = traceback.format_exc()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever ends us now need not wait
         if is_echo(error):
             time.sleep(ECHO_WAIT)
         elif rank:
             time.sleep(TURN_WAIT)
         code = 2 if is_users(error) else 1
-        if code == 1:
+        cause = killed_worker(error)
+        if code == 1 and not cause:
             sys.stderr.write(trace)
         where = f" on rank {rank}" if rank or code == 1 else ""
         kind = f"{type(error).__name__}: " if code == 1 else ""
-        message = f"error{where}: {kind}{error}"
+        message = f"error{where}: {cause or f'{kind}{error}'}"
     if message:
         sys.stderr.write(f"\n{message}\n")
         sys.stderr.flush()
@@ -67,7 +72,8 @@ def entry_point(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
 def _code_of(stop: SystemExit) -> tuple[int, str]:
     """What ``sys.exit`` was given, as a code and a message."""
     if stop.code is None or isinstance(stop.code, int):
-        return stop.code or 0, ""
+        said = getattr(stop, "message", "") if comm.rank() == 0 else ""
+        return stop.code or 0, said
     return 1, str(stop.code)
 
 
@@ -89,6 +95,21 @@ def is_echo(error: BaseException) -> bool:
     """True for what a rank meets when another one has gone."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def killed_worker(error: BaseException) -> str:
+    """What to tell of a worker of the data loader that was killed; empty for any other error.
+
+    torch raises it wherever the rank stands at that moment, so that its trace says nothing.
+    """
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or not KILLED_WORKER.search(text):
+        return ""
+    return (
+        f"a worker of the data loader was killed ({text.rstrip('. ')}): most likely the machine's "
+        "memory was full; take fewer workers (data.workers) or smaller images "
+        "(model.max_vision_tokens) and start the run again"
     )
 
 

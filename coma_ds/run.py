@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import resource
 import sys
@@ -24,26 +25,27 @@ from coma_ds.assessment import (
     load_tasks,
 )
 from coma_ds.batch import Batch
-from coma_ds.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
-)
+from coma_ds.checkpoint import Checkpoints, Published, load_checkpoint
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.collate import Collator
 from coma_ds.data.processing import Processing
+from coma_ds.data.replacements import Replacements
 from coma_ds.displays import Displays, bottleneck_table, curves, result_tags
 from coma_ds.engine import Engine, StepResult, full_parameters
 from coma_ds.evaluation import format_table, write_results
+from coma_ds.guard import Guard
+from coma_ds.manifest import read_manifest
 from coma_ds.metrics import Monitor, flatten
 from coma_ds.model.card import model_card
 from coma_ds.model.export import export_model
+from coma_ds.ownership import owns
 from coma_ds.report import describe_run
 from coma_ds.run_folder import CONFIG, check_same, claim, start_over
+from coma_ds.stopping import CONTROL, Request, Requests, Stopped
 
 log = logging.getLogger("coma_ds")
 
+STATE = "run.json"  # in a checkpoint: what the run itself remembers
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "triton", "flash-attn")
 # Settings that make no difference between the results of two runs.
 UNCOMPARED = {
@@ -66,9 +68,21 @@ class Run:
         self.seconds = 0.0  # of training, without evaluation and saving
         self.monitor: Monitor | None = None
         self.bar: tqdm | None = None
+        self.replacements = Replacements(config.data.bad_rows)
         self.truncated = 0  # samples of this rank so far that lost text
+        self.values: dict[str, float] = {}  # of the last evaluation
+        self.evaluated = -1  # the step after which that was
         log_to_stderr(self.main)
-        comm.decide(lambda: claim(config, keep=keep))
+        mine = comm.decide(lambda: claim(config, keep=keep))
+
+        def owned() -> bool:
+            return mine is None or owns(self.folder, mine)
+
+        self.requests = Requests(self.folder, owned)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", config.checkpoint, owned, self.requests.announce
+        )
+        self.guard = Guard(config.guard, self.folder if keep and self.main else None)
 
     def report_start(self, engine: Engine, data: TrainingData, source: str) -> None:
         """The start-up report."""
@@ -83,7 +97,10 @@ class Run:
         step = 0
         if self.keep:
             step = self._load(engine)
+            if self.config.checkpoint.every or CONTROL in os.environ:
+                self.requests.take_signals()
             if self.main:
+                self.requests.announce(step)
                 ds_config = json.dumps(engine.ds_config, indent=2)
                 (self.folder / CONFIG).write_text(dump(self.config))
                 (self.folder / "ds_config.json").write_text(f"{ds_config}\n")
@@ -101,22 +118,40 @@ class Run:
 
     def _load(self, engine: Engine) -> int:
         config = self.config
-        path = comm.decide(
-            lambda: find_checkpoint(self.folder / "checkpoints", config.checkpoint.resume)
-        )
+        if self.main:
+            self.checkpoints.clean()
+        path = self.checkpoints.find(config.checkpoint.resume)
         if path is None:
             if self.main and (self.folder / "metrics.jsonl").is_file():
                 log.info("%s has no checkpoint to go on from: the run starts over", self.folder)
             if self.main:
                 start_over(self.folder)
             return 0
-        step = read_manifest(path)["step"]
+        step = read_manifest(path).step
         for difference in comm.decide(lambda: check_same(config, path, step)):
             log.warning("changed since the checkpoint: %s", difference)
-        load_checkpoint(engine, path)
-        self.seconds = json.loads((path / "clock.json").read_text())["seconds"]
+        load_checkpoint(engine, path, config.init_from or config.model.path)
+        state = json.loads((path / STATE).read_text())
+        self.seconds = state["seconds"]
+        self.guard.load(state["guard"])
+        self.replacements.load(state["replaced_rows"])
         log.info("resumed %s: step %d of %d", path, step, config.optim.steps)
         return step
+
+    def guarded_step(
+        self, engine: Engine, data: TrainingData, step: int, loss: float
+    ) -> StepResult:
+        """The optimizer step, left out where the guard says so.
+
+        Raises ``ValueError`` after too many that were skipped in a row.
+        """
+        jumped = self.guard.jumps(loss)
+        if jumped and self.config.guard.skip_spikes:
+            engine.spoil_gradients()
+        result = engine.step(step)
+        samples = [] if result.applied else data.names(step)
+        self.guard.after(step + 1, loss, applied=result.applied, jumped=jumped, samples=samples)
+        return result
 
     def log(
         self,
@@ -137,12 +172,13 @@ class Run:
         self.truncated += batch.truncated
         done = step + 1
         config = self.config
+        self.replacements.add(batch.replaced, config.optim.batch_size, batch.input_ids_T.device)
         if self.bar is not None:
             self.bar.update(1)
             speed = f"{config.optim.batch_size / took:.0f}/s"
             self.bar.set_postfix(loss=f"{report['loss']:.3f}", samples=speed)
-        if not result.applied:
-            log.warning("step %d was skipped: its gradient is not finite", done)
+        if self.main:
+            self._tell(self.checkpoints.poll())
         every, ends = config.logging.every, (1, config.optim.steps)
         if done % every and done not in ends:
             return
@@ -154,6 +190,7 @@ class Run:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "skipped": float(not result.applied),
+            "skipped_in_all": float(self.guard.skipped),
             "samples_per_second": config.optim.batch_size / took,
             "tokens_per_second": tokens / took,
             "truncated": float(truncated),
@@ -161,6 +198,8 @@ class Run:
             "memory_mib": memory_mib(),
             "training_seconds": self.seconds,
         }
+        if config.data.bad_rows:
+            values["replaced_rows"] = float(self.replacements.replaced)
         self.monitor.scalars(done, values)
         lines = max(1, config.optim.steps // 20 // every) * every
         if self.bar is None and (done % lines == 0 or done in ends):
@@ -179,11 +218,53 @@ class Run:
         last = done == self.config.optim.steps
         return self.keep and bool(every) and (done % every == 0 or last)
 
-    def save(self, engine: Engine, done: int) -> None:
-        """Publish a checkpoint."""
-        clock = json.dumps({"seconds": self.seconds})
-        extra = {"clock.json": clock, CONFIG: dump(self.config)}
-        save_checkpoint(engine, self.folder / "checkpoints", done, extra=extra)
+    def save(self, engine: Engine, done: int) -> bool:
+        """Write a checkpoint, which is published beside the training; False where it failed."""
+        self._tell(self.checkpoints.settle())
+        remembered = {"guard": self.guard, "replaced_rows": self.replacements}
+        state = {"seconds": self.seconds} | {k: v.state() for k, v in remembered.items()}
+        extra = {STATE: json.dumps(state), CONFIG: dump(self.config)}
+        metric = self.values.get(self.config.checkpoint.best) if self.evaluated == done else None
+        problem = self.checkpoints.save(engine, done, extra=extra, metric=metric)
+        self._tell(problem)
+        return problem is None
+
+    def _tell(self, ended: Published | None) -> None:
+        if ended is None or not self.main:
+            return
+        if ended.problem:
+            log.warning("no checkpoint of step %d: %s", ended.step, ended.problem)
+            return
+        times = {"saving_seconds": ended.saving, "publishing_seconds": ended.publishing}
+        self.monitor.scalars(ended.step, times, group="checkpoint")
+        log.info(
+            "checkpoint of step %d: %.1f s to save, published %.1f s later",
+            ended.step, ended.saving, ended.publishing,
+        )  # fmt: skip
+
+    def obey(self, engine: Engine, done: int) -> None:
+        """Save, or end the run, where that is asked for.
+
+        Raises ``Stopped`` with the exit code; ``ValueError`` when what is asked for fails.
+        """
+        request = self.requests.agree(engine.device) if self.keep else Request.NOTHING
+        if request is Request.NOTHING:
+            return
+        if request is Request.YIELD:
+            raise Stopped(request, f"{self.folder} is owned by a newer start of this run")
+        saved = self.save(engine, done)
+        if request is Request.SAVE:
+            return
+        ended = self.checkpoints.settle()
+        self._tell(ended)
+        if not saved or (ended and ended.problem):
+            raise ValueError(f"asked to stop after step {done}, but there is no checkpoint of it")
+        if self.bar is not None:
+            self.bar.close()
+        self.monitor.close()
+        comm.barrier()
+        again = "start it again to go on" if request is Request.STOP else "held by control/stop"
+        raise Stopped(request, f"stopped after step {done}, which is saved: {again}")
 
     def evaluate(self, engine: Engine, processing: Processing, done: int, *, final=False) -> dict:
         """Ranking sets (stage 2) or the bottleneck table (stage 1), written down and returned.
@@ -216,8 +297,9 @@ class Run:
             text = format_bottleneck(table)
         engine.train()
         values, tags = curves(results, means=final or not config.eval.along)
-        values["training_seconds"] = self.seconds
-        self.monitor.scalars(done, values, group="eval", tags=tags)
+        self.values, self.evaluated = values, done
+        timed = values | {"training_seconds": self.seconds}
+        self.monitor.scalars(done, timed, group="eval", tags=tags)
         if final:
             log.info("results after %d steps:\n%s", done, text)
         return results
@@ -235,9 +317,12 @@ class Run:
             aside = UNCOMPARED | {OTHER_OBJECTIVE[self.config.objective]: True}
             settings = flatten(self.config.model_dump(mode="json", exclude=aside))
             self.monitor.hparams(settings, result_tags(curves(results)[1]))
+        self._tell(self.checkpoints.settle())
         if self.bar is not None:
             self.bar.close()
         self.monitor.close()
+        if self.replacements.replaced:
+            log.warning("%s", self.replacements)
         log.info("done: %s (%.0f s of training)", self.folder, self.seconds)
 
 

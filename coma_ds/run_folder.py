@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from itertools import count
@@ -12,23 +13,30 @@ import yaml
 
 from coma_ds.config import RunConfig, dump
 from coma_ds.metrics import flatten
+from coma_ds.ownership import Incarnation, read_owner, take, takes_over, this_start
+from coma_ds.stopping import check_not_held
+
+log = logging.getLogger("coma_ds")
 
 CONFIG = "config.yaml"
 FINISHED = ("model", "results.json", "neighbours.json")
 # What a run may change when it goes on: where things lie, what is watched, how memory is used.
 FREE = (
     *("recipe", "output", "init_from", "deepspeed", "eval.", "checkpoint.", "logging.", "chunk."),
-    *("data.root", "data.path", "data.image_root", "data.workers", "model.path"),
-    *("model.attention", "model.arithmetic", "model.gradient_checkpointing"),
+    *("data.root", "data.path", "data.image_root", "data.workers", "data.bad_rows"),
+    *("guard.", "model.path", "model.attention", "model.arithmetic"),
+    "model.gradient_checkpointing",
 )
 _held: dict[str, int] = {}  # locks of this process, which may run one after the other in a folder
 
 
-def claim(config: RunConfig, *, keep: bool) -> None:
+def claim(config: RunConfig, *, keep: bool) -> Incarnation | None:
     """Take ``config.output`` for this process until it ends; only look at it without ``keep``.
 
-    Raises ``ValueError`` for a place that is no folder or cannot be written, a folder that another
-    process on this machine trains into, and a finished run that would be written over.
+    Returns this start of the run, which owns the folder from here on.  Raises ``ValueError`` for a
+    place that is no folder or cannot be written, a folder that another process on this machine
+    trains into (but for one that this start replaces), a run that is held, and a finished run
+    that would be written over.
     """
     folder = Path(config.output)
     try:
@@ -36,7 +44,7 @@ def claim(config: RunConfig, *, keep: bool) -> None:
             place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
             if not place.is_dir() or not os.access(place, os.W_OK):
                 raise PermissionError(f"{place} is no folder that can be written")
-            return
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         key = os.path.realpath(folder)
         if key in _held:
@@ -47,12 +55,20 @@ def claim(config: RunConfig, *, keep: bool) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(
-            f"output {config.output!r}: another process trains into this folder"
-        ) from None
+        owner = read_owner(folder)
+        if not takes_over(this_start(folder), owner):
+            raise ValueError(
+                f"output {config.output!r}: another process trains into this folder"
+                + (f", {owner}" if owner else "")
+            ) from None
+        log.warning("%s is taken over from %s, which may still be alive", folder, owner)
     except OSError:  # a file system without locks
         pass
     _refuse_finished(folder, config)
+    check_not_held(folder)
+    mine = this_start(folder)
+    take(folder, mine)
+    return mine
 
 
 def _refuse_finished(folder: Path, config: RunConfig) -> None:

@@ -83,12 +83,13 @@ def main(argv: list[str]) -> None:
         batch = next(batches).to(device)
         waited = time.perf_counter() - began
         report = take_step(trainer, objective, batch, config.chunk, seed=config.seed, step=step)
-        result = trainer.step(step)
+        result = run.guarded_step(trainer, data, step, report["loss"])
         run.log(step, batch, report, result, waited, time.perf_counter() - began)
         if run.evaluation_is_due(step + 1):
             run.evaluate(trainer, processing, step + 1)
         if run.checkpoint_is_due(step + 1):
             run.save(trainer, step + 1)
+        run.obey(trainer, step + 1)
 
     run.finish(trainer, processing, last)
 

@@ -35,22 +35,16 @@ def execute(args: argparse.Namespace) -> int:
 
     from coma_ds import comm, engine
     from coma_ds.assemble import build_engine, build_processing
-    from coma_ds.checkpoint import find_checkpoint, load_checkpoint, read_manifest
+    from coma_ds.checkpoint import Checkpoints, load_checkpoint
     from coma_ds.run import export_run, log_to_stderr
 
-    checkpoint = find_checkpoint(folder / "checkpoints", args.checkpoint or "auto")
-    if checkpoint is None:
-        raise ValueError(f"{folder} has no checkpoint to export")
     device = engine.start()
     engine.share_threads()
     log_to_stderr(comm.rank() == 0)
-    world = read_manifest(checkpoint)["world"]
-    if world != comm.world_size():
-        raise ValueError(
-            f"{checkpoint} was written by {world} rank(s) and is read here by "
-            f"{comm.world_size()}: start it with torchrun --nproc-per-node {world} "
-            f"-m coma_ds.commands.main export {args.run}"
-        )
+    published = Checkpoints(folder / "checkpoints", config.checkpoint)
+    checkpoint = published.find(args.checkpoint or "auto")
+    if checkpoint is None:
+        raise ValueError(f"{folder} has no checkpoint to export")
     source, processing = build_processing(config)
     trainer = build_engine(config, source, processing, device)
     step = load_checkpoint(trainer, checkpoint)

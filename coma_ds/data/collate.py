@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from coma_ds.batch import IGNORE, Batch, ImageBatch
+from coma_ds.batch import IGNORE, Batch, ImageBatch, Replaced
 from coma_ds.data.processing import Processing
 from coma_ds.data.records import IMAGE_MARK, Dialogue, Pair, Picture, Side
 
@@ -33,8 +33,18 @@ class Sample:
     dialogue: list[int]
     labels: list[int]  # of the dialogue
     grids: list[tuple[int, int, int]]
+    pixels: list[np.ndarray] = field(default_factory=list)  # of the same images
     content_id: int = 0
     truncated: bool = False
+
+
+@dataclass
+class Ready:
+    """One record as samples: a dialogue, or a query, its target and its negatives."""
+
+    samples: list[Sample]
+    task_id: int | None = None  # of a pair
+    replaced: Replaced | None = None  # the row in whose place this one stands
 
 
 @contextmanager
@@ -87,32 +97,34 @@ class Collator:
 
     def __call__(self, records: Sequence[Pair] | Sequence[Dialogue]) -> Batch:
         """One batch of a list of pairs or of dialogues (not mixed)."""
-        if isinstance(records[0], Dialogue):
-            return self.dialogues(records)
-        return self.pairs(records)
+        return self.pack([self.prepare(record) for record in records])
 
-    def pairs(self, pairs: Sequence[Pair]) -> Batch:
-        """Queries, then targets, then all negatives, as samples without a dialogue."""
-        rows = [(p.query, p.name) for p in pairs] + [(p.target, p.name) for p in pairs]
-        rows += [(side, p.name) for p in pairs for side in p.negatives]
-        batch = self._sides(rows)
+    def prepare(self, record: Pair | Dialogue) -> Ready:
+        """The samples of one record.  Raises ``ValueError``, naming its row, for a bad one."""
+        with named(record.name):
+            if isinstance(record, Dialogue):
+                return Ready([self._dialogue(record, False)])
+            sides = (record.query, record.target, *record.negatives)
+            return Ready([self._side(side) for side in sides], record.task_id())
+
+    def pack(self, ready: Sequence[Ready]) -> Batch:
+        """One batch of records: of pairs the queries, then the targets, then all negatives."""
+        replaced = tuple(each.replaced for each in ready if each.replaced)
+        if ready[0].task_id is None:
+            return replace(self._pack([r.samples[0] for r in ready]), replaced=replaced)
+        samples = [r.samples[0] for r in ready] + [r.samples[1] for r in ready]
+        samples += [sample for r in ready for sample in r.samples[2:]]
         return replace(
-            batch,
-            pairs=len(pairs),
-            negative_counts_N=torch.tensor([len(p.negatives) for p in pairs], dtype=torch.int64),
-            task_ids_N=torch.tensor([p.task_id() for p in pairs], dtype=torch.int64),
+            self._pack(samples),
+            pairs=len(ready),
+            negative_counts_N=torch.tensor([len(r.samples) - 2 for r in ready]),
+            task_ids_N=torch.tensor([r.task_id for r in ready], dtype=torch.int64),
+            replaced=replaced,
         )
 
     def sides(self, sides: Sequence[Side]) -> Batch:
         """Any sides as samples that end with the K tokens."""
-        return self._sides([(side, "") for side in sides])
-
-    def _sides(self, rows: Sequence[tuple[Side, str]]) -> Batch:
-        samples, pixels = [], []
-        for side, name in rows:
-            with named(name):
-                samples.append(self._side(side, pixels))
-        return self._pack(samples, pixels)
+        return self._pack([self._side(side) for side in sides])
 
     def dialogues(self, dialogues: Sequence[Dialogue], *, prompt_only: bool = False) -> Batch:
         """Dialogues as samples; with ``prompt_only`` each ends where its last answer begins.
@@ -120,11 +132,11 @@ class Collator:
         A dialogue too long for ``max_length`` loses its last turns; a prompt cannot, and is a
         ``ValueError``, as is a first turn that does not fit.
         """
-        samples, pixels = [], []
+        samples = []
         for dialogue in dialogues:
             with named(dialogue.name):
-                samples.append(self._dialogue(dialogue, pixels, prompt_only))
-        return self._pack(samples, pixels)
+                samples.append(self._dialogue(dialogue, prompt_only))
+        return self._pack(samples)
 
     def _image(self, picture: Picture, pixels: list, grids: list) -> list[int]:
         p = self.processing
@@ -134,8 +146,8 @@ class Collator:
         count = grid[0] * grid[1] * grid[2] // p.merge
         return [p.vision_start, *[p.image_id] * count, p.vision_end]
 
-    def _side(self, side: Side, pixels: list) -> Sample:
-        p, grids = self.processing, []
+    def _side(self, side: Side) -> Sample:
+        p, grids, pixels = self.processing, [], []
         pictures = iter(side.images)
         texts = IMAGE_MARK.split(side.text)
         images = [self._image(next(pictures), pixels, grids) for _ in texts[1:]]
@@ -154,10 +166,11 @@ class Collator:
             room -= len(piece[:room])
         if not context:
             raise ValueError("a side is empty: it has neither text nor an image")
-        return Sample(context, p.compression_ids, [], [], grids, side.content_id(), truncated)
+        ids = p.compression_ids
+        return Sample(context, ids, [], [], grids, pixels, side.content_id(), truncated)
 
-    def _dialogue(self, dialogue: Dialogue, pixels: list, prompt_only: bool) -> Sample:
-        p, grids, context = self.processing, [], []
+    def _dialogue(self, dialogue: Dialogue, prompt_only: bool) -> Sample:
+        p, grids, pixels, context = self.processing, [], [], []
         for picture in dialogue.images:
             context += self._image(picture, pixels, grids)
         if dialogue.instruction:
@@ -185,9 +198,9 @@ class Collator:
                 break
             ids += between + question + answer
             labels += [IGNORE] * (len(between) + len(question)) + answer
-        return Sample(context, p.compression_ids, ids, labels, grids, truncated=truncated)
+        return Sample(context, p.compression_ids, ids, labels, grids, pixels, truncated=truncated)
 
-    def _pack(self, samples: list[Sample], pixels: list[np.ndarray]) -> Batch:
+    def _pack(self, samples: list[Sample]) -> Batch:
         p = self.processing
         merge_size = p.image_processor.merge_size
         ids, labels, positions, lengths = [], [], [], []
@@ -200,9 +213,8 @@ class Collator:
         grids = [grid for s in samples for grid in s.grids]
         images = None
         if grids:
-            images = ImageBatch(
-                torch.from_numpy(np.concatenate(pixels)), torch.tensor(grids), p.merge
-            )
+            pixels_PC = np.concatenate([pixels for s in samples for pixels in s.pixels])
+            images = ImageBatch(torch.from_numpy(pixels_PC), torch.tensor(grids), p.merge)
         features = [sum(t * h * w for t, h, w in s.grids) // p.merge for s in samples]
         return Batch(
             input_ids_T=torch.from_numpy(np.concatenate(ids)),

@@ -75,7 +75,7 @@ class DialogueFile:
         return Dialogue(
             images=images,
             turns=_turns(cells.get("conversations"), len(images), where),
-            instruction=cells.get("instruction") or "",
+            instruction=_instruction(cells.get("instruction"), where),
             name=where,
         )
 
@@ -96,6 +96,12 @@ def _pictures(
             "so drop the row or give it 'image'"
         )
     return tuple(found)
+
+
+def _instruction(value: Any, where: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: instruction must be a text, got {type(value).__name__}")
+    return value or ""
 
 
 def _turns(entries: Any, images: int, where: str) -> tuple[Turn, ...]:

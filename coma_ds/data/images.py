@@ -12,7 +12,6 @@ import io
 import os
 import re
 import stat
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,11 @@ MAX_ASPECT_RATIO = 200
 # Plain raster formats; Pillow knows others, some of which start programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 
+# What is wrong with a path; any other error is one of the machine (a disk, a limit).
+_OF_THE_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ),
+)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|(https?|ftp|file|data):", re.IGNORECASE)
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -116,7 +120,7 @@ class FilePicture:
                     f"image {self.name} does not exist; check the image root {self.root} "
                     "and that the images of this set are unpacked below it"
                 ) from None
-            raise ValueError(f"image {self.name} cannot be read: {error.strerror}") from error
+            raise self._unreadable(error) from error
         root = os.path.realpath(self.root)
         if os.path.commonpath((root, real)) != root:
             raise ValueError(
@@ -129,13 +133,18 @@ class FilePicture:
             raise ValueError(f"image {self.name} is an empty file (0 bytes); copy it again")
         return real
 
+    def _unreadable(self, error: OSError) -> Exception:
+        """A ``ValueError`` where the row is to blame; what the machine does is no bad row."""
+        text = f"image {self.name} cannot be read: {error.strerror}"
+        return ValueError(text) if error.errno in _OF_THE_PATH else OSError(error.errno, text)
+
     def _read(self) -> bytes:
         real = self._resolve()
         try:
             with open(real, "rb") as file:
                 data = file.read()
         except OSError as error:
-            raise ValueError(f"image {self.name} cannot be read: {error.strerror}") from error
+            raise self._unreadable(error) from error
         if self._digest is None:
             self._digest = _digest(data)
         return data
@@ -186,7 +195,8 @@ def as_picture(value: Any, image_root: str | os.PathLike[str] | None, name: str)
     """
     if isinstance(value, dict):
         if value.get("bytes"):
-            return BytesPicture(bytes(value["bytes"]), f"{name} ({value.get('path') or 'bytes'})")
+            name = f"{name} ({value.get('path') or 'bytes'})"
+            return BytesPicture(_as_bytes(value["bytes"], name), name)
         value = value.get("path")
     if value is None or (isinstance(value, (str, bytes)) and not value):
         return None
@@ -209,35 +219,35 @@ def as_picture(value: Any, image_root: str | os.PathLike[str] | None, name: str)
         raise ValueError(f"{name}: {error}") from None
 
 
-def check_sample(reader: Sequence[Pair | Dialogue], rows: int | None = 64, opened: int = 8) -> None:
-    """Look for bad rows before a run: build rows spread over ``reader``, find their images.
+def _as_bytes(value: Any, name: str) -> bytes:
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise ValueError(
+            f"{name}: 'bytes' of an image must be its encoded bytes, got {type(value).__name__} "
+            f"{str(value)[:60]!r} (a file of text cannot hold them: give a path)"
+        )
+    return bytes(value)
 
-    Args:
-        reader: pairs or dialogues.
-        rows: how many rows, evenly spread; None for all.
-        opened: of how many of these rows the images are also decoded.
 
-    Raises:
-        ValueError: the first bad row or image.
+def check_pictures(record: Pair | Dialogue, *, decoded: bool) -> None:
+    """Find the images of one record, and decode them too where that is asked for.
+
+    Raises ``ValueError``, naming the row, for the first that is missing or broken.
     """
-    count = len(reader) if rows is None else min(rows, len(reader))
-    for number in range(count):
-        sample = reader[number * len(reader) // count]
-        if isinstance(sample, Dialogue):
-            pictures = sample.images
-        else:
-            sides = (sample.query, sample.target, *sample.negatives)
-            pictures = tuple(picture for side in sides for picture in side.images)
-        for picture in pictures:
-            try:
-                if number * opened // count != (number - 1) * opened // count:
-                    picture.open()
-                elif isinstance(picture, FilePicture):
-                    picture.check_exists()
-            except ValueError as error:
-                if sample.name in str(error):
-                    raise
-                raise ValueError(f"{sample.name}: {error}") from None
+    if isinstance(record, Dialogue):
+        pictures = record.images
+    else:
+        sides = (record.query, record.target, *record.negatives)
+        pictures = tuple(picture for side in sides for picture in side.images)
+    for picture in pictures:
+        try:
+            if decoded:
+                picture.open()
+            elif isinstance(picture, FilePicture):
+                picture.check_exists()
+        except ValueError as error:
+            if record.name in str(error):
+                raise
+            raise ValueError(f"{record.name}: {error}") from None
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -260,6 +270,8 @@ def decode(data: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {name} is too large to decode safely: {error}") from None
+    except MemoryError:  # of the machine, not of the image: its header was checked
+        raise
     except Exception as error:  # decoders raise all kinds on damaged headers
         raise ValueError(
             f"image {name} cannot be decoded ({type(error).__name__}): {len(data)} bytes that "
@@ -269,7 +281,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     try:
         image.load()
         return upright_rgb(image, name)
-    except _Refused:
+    except (_Refused, MemoryError):
         raise
     except Exception as error:
         raise ValueError(

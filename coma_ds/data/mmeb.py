@@ -40,7 +40,8 @@ _SUSPECT_PATH = r"^/|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z][A-Za-z0-9+.-]*:"
 class MMEBTrain:
     """The pairs of one set of MMEB-train; texts stay in Arrow memory until a row is asked for.
 
-    The whole set is checked at the start, without opening images.
+    The whole set is checked at the start, without opening images; without ``check_all`` each row
+    when it is asked for.
 
     Args:
         root_or_hub: folder of set folders, or the name of a hub repository.
@@ -50,6 +51,7 @@ class MMEBTrain:
         limit: take the first rows only.
         leave_out_empty: leave out rows whose query or target is empty, as the reference does,
             and log how many, instead of an error.
+        check_all: False where bad rows are to be replaced.
 
     Raises:
         ValueError: no such set or split, a missing column, or, with file and row: an empty
@@ -64,6 +66,7 @@ class MMEBTrain:
         split: str = "original",
         limit: int | None = None,
         leave_out_empty: bool = False,
+        check_all: bool = True,
     ) -> None:
         table = open_set(root_or_hub, subset, split, TRAIN_COLUMNS)
         require_columns(
@@ -77,7 +80,10 @@ class MMEBTrain:
             self._leave_out_empty(f"{root_or_hub}/{subset}")
         for at, name in enumerate(("query", "target", "negative")):
             texts, paths = self._columns[2 * at : 2 * at + 2]
-            _check_sides(texts, paths, image_root, self._where, name, may_be_empty=at == 2)
+            if check_all:
+                _check_sides(texts, paths, image_root, self._where, name, may_be_empty=at == 2)
+            else:
+                _check_image_root(paths, image_root, self._where, name)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -86,10 +92,13 @@ class MMEBTrain:
         if not 0 <= row < len(self._rows):
             raise IndexError(f"row {row} of {len(self._rows)}")
         cells = [column[row].as_py() for column in self._columns]
-        query, target, negative = (
-            _side(mark_image(text, path), path, self._image_root)
-            for text, path in zip(cells[::2], cells[1::2])
-        )
+        try:
+            query, target, negative = (
+                _side(mark_image(text, path), path, self._image_root)
+                for text, path in zip(cells[::2], cells[1::2])
+            )
+        except ValueError as error:  # where not all rows were checked
+            raise ValueError(f"{self._where(row)}: {error}") from None
         return Pair(
             query=query,
             target=target,
@@ -341,13 +350,7 @@ def _check_sides(
             f"{where(int(empty.argmax()))}: empty {what}, neither text nor image "
             f"({int(empty.sum())} such rows); give it one of them or leave the rows out"
         )
-    if shown.any() and image_root is None:
-        row = int(shown.argmax())
-        raise ValueError(
-            f"{where(row)}: the {what} has the image {paths[row].as_py()!r} but no image root "
-            "is set: name the folder where the paths start (data.image_root, eval.image_root or "
-            "--image-root)"
-        )
+    _check_image_root(paths, image_root, where, what)
     wrong = marks > shown
     if wrong.any():
         row = int(wrong.argmax())
@@ -360,3 +363,20 @@ def _check_sides(
             FilePicture(image_root, paths[row].as_py())  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{where(row)}, {what}: {error}") from None
+
+
+def _check_image_root(
+    paths: pa.Array,
+    image_root: str | os.PathLike[str] | None,
+    where: Callable[[int], str],
+    what: str,
+) -> None:
+    """Raise ``ValueError`` for images without a place where their paths start."""
+    shown = pc.not_equal(paths, "").to_numpy(zero_copy_only=False)
+    if shown.any() and image_root is None:
+        row = int(shown.argmax())
+        raise ValueError(
+            f"{where(row)}: the {what} has the image {paths[row].as_py()!r} but no image root "
+            "is set: name the folder where the paths start (data.image_root, eval.image_root or "
+            "--image-root)"
+        )

@@ -201,6 +201,11 @@ def compose_side(
 
     Raises ``ValueError``, beginning with ``where``, for image marks that do not fit the images.
     """
+    if IMAGE_MARK.search(instruction):
+        raise ValueError(
+            f"{where}: the instruction {instruction[:80]!r} has an image mark; only the text "
+            "itself may say where its images stand"
+        )
     marks = [image_mark(i) for i in range(len(pictures))]
     placed = IMAGE_MARK.findall(text)
     if placed and placed != marks:

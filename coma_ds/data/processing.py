@@ -77,6 +77,7 @@ class Processing:
 
     def check_text(self, text: str) -> None:
         """Raise ``ValueError`` for a text that ``encode`` would refuse, without cutting it up."""
+        _check_unicode(text)
         if "<|" in text:
             for name in self.reserved:
                 if name in text:
@@ -86,10 +87,12 @@ class Processing:
         """Token ids of a piece of text, nothing added.
 
         Short pieces are remembered: questions and names come again and again.  Raises
-        ``ValueError`` for a text that spells an image or compression token: their places are ours.
+        ``ValueError`` for a text that spells an image or compression token (their places are ours)
+        or is no Unicode.
         """
         ids = self._remembered.get(text)
         if ids is None:
+            _check_unicode(text)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             taken = {self.image_id, *self.compression_ids}.intersection(ids)
             if taken:
@@ -97,6 +100,16 @@ class Processing:
             if len(text) <= REMEMBERED_LENGTH and len(self._remembered) < REMEMBERED_PIECES:
                 self._remembered[text] = ids
         return ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text {text[:80]!r} is not valid Unicode: half of a surrogate pair stands at "
+            f"character {error.start}; take it out of the data"
+        ) from None
 
 
 def _taken(text: str, name: str) -> ValueError:

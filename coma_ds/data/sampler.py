@@ -197,6 +197,12 @@ class Sources:
         source, row = index
         return self._list[source][row]
 
+    def after(self, index: tuple[int, int], count: int) -> list[tuple[int, int]]:
+        """The next rows of the same source, at most ``count``, from its end on to its start."""
+        source, row = index
+        size = len(self._list[source])
+        return [(source, (row + step) % size) for step in range(1, min(count + 1, size))]
+
 
 def permutation(size: int, seed: int, use: str, number: int) -> np.ndarray:
     """A permutation of ``range(size)``, int64 [size], drawn from (seed, use, number).

@@ -120,7 +120,7 @@ class JsonTable:
                 text = file.read(end - start)
         try:
             value = json.loads(text)
-        except ValueError as error:  # bad JSON or bad UTF-8
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, too deep a nesting
             raise ValueError(
                 f"{self.where(at)}: not valid JSON ({error}); each line must hold one JSON object"
             ) from None

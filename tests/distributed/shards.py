@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from coma_ds import comm, engine
 from coma_ds.config import MatchConfig, ModelConfig, RunConfig
 from coma_ds.data.processing import load_processing
+from coma_ds.mechanics import deepspeed_config
 from coma_ds.model.loading import build_model
 from tests.folders import whole
 
@@ -61,7 +62,7 @@ def build(folder: str, precision: str, sharded: bool, **model):
         first_id=processing.compression_ids[0],
         extras=processing.extras,
         precision=precision,
-        sharding=engine.deepspeed_config(config) if sharded else None,
+        sharding=deepspeed_config(config) if sharded else None,
         whole=engine.full_parameters if sharded else whole,
         seed=0,
         device=torch.device("cpu"),

@@ -132,6 +132,67 @@ class TestRows:
         ]
 
 
+class TestBadRowsAllowed:
+    """With ``data.bad_rows`` a few bad rows are a warning."""
+
+    def test_they_are_counted_and_named(self, tmp_path, caplog):
+        bad = {f"row_{row}": {"query": ""} for row in (2, 9, 30)}
+        bad |= {f"row_{row}": {"target_image": "none.png"} for row in (4, 31)}
+        bad["row_35"] = {"target_image": ["good.png"] * 4}
+        write_pairs(tmp_path, 40, **bad)
+        look(config_of(tmp_path, bad_rows=0.15), max_length=64)
+        (message,) = caplog.messages
+        head, *lines = message.split("\n")
+        assert head == "6 of 40 rows looked at are bad; others will be read in their place:"
+        found = [int(line.removeprefix(f"{tmp_path}/pairs.jsonl line ").split(":")[0]) - 1
+                 for line in lines]  # fmt: skip
+        assert found == [2, 9, 30, 4, 31]
+        assert lines[0].endswith("empty query; give it a text or an image")
+        found = refusal(config_of(tmp_path, bad_rows=0.149), max_length=64)
+        assert found.startswith(
+            "6 of 40 rows looked at are bad, more than data.bad_rows 0.149 allows: repair or drop "
+            "them, or raise data.bad_rows; the first of them:\n"
+        )
+        assert found.split("\n")[1:] == lines
+        assert "line 3: empty query" in refusal(config_of(tmp_path))
+
+    def test_good_rows_are_no_warning(self, tmp_path, caplog):
+        write_pairs(tmp_path, 40)
+        look(config_of(tmp_path, bad_rows=0.1))
+        assert not caplog.messages
+
+    @pytest.mark.parametrize(("bad", "enough"), [(10, True), (11, False)])
+    def test_a_share_of_the_images_counts_too(self, tmp_path, bad, enough, caplog):
+        """Of many rows only 500 are searched for their images."""
+        seen = [(row * 4000) // 500 for row in range(500)]
+        rows = {f"row_{row}": {"target_image": "none.png"} for row in seen[:bad]}
+        write_pairs(tmp_path, 4000, **rows)
+        config = config_of(tmp_path, bad_rows=0.01)
+        if enough:
+            look(config)
+            assert f"{bad} of 4000 rows looked at are bad" in caplog.text
+        else:
+            assert refusal(config).startswith("11 of 500 rows looked at are bad, more than data.b")
+
+    def test_a_task_of_good_rows_is_known(self, tmp_path):
+        write_pairs(tmp_path, 40, row_1={"query": "", "task": "lost"}, row_2={"task": "mine"})
+        config = config_of(tmp_path, bad_rows=0.1)
+        for name in ("mine", "lost"):
+            match = config.match.model_copy(update={"task_temperature": {name: 0.1}})
+            asked = config.model_copy(update={"match": match})
+            if name == "mine":
+                look(asked)
+            else:
+                assert "no task 'lost' in the rows" in refusal(asked)
+
+    def test_an_evaluation_set_is_never_replaced(self, tmp_path):
+        config = evaluated(tmp_path, sets=["find"])
+        data = config.data.model_copy(update={"bad_rows": 0.9})
+        (tmp_path / "mmeb" / "images" / "7.png").write_bytes(b"no image")
+        found = refusal(config.model_copy(update={"data": data}))
+        assert found.startswith("evaluation set find, candidate 7: image ")
+
+
 def evaluated(folder: Path, **evaluation) -> RunConfig:
     """A run over good pairs that evaluates ``folder/mmeb``."""
     write_pairs(folder, 4)

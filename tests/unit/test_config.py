@@ -275,6 +275,8 @@ def test_reading_a_recipe_keeps_no_state() -> None:
         ("demo-compress", "eval.sets=[a]", "objective 'compress'"),
         ("demo-compress", "model.lora.rank=8", "model.adapter 'none'"),
         ("demo-compress", "data.limit=5", "data.format 'builtin'"),
+        ("demo-compress", "data.bad_rows=0.1", "data.format 'builtin'"),
+        ("demo-control", "data.bad_rows=0.1", "data.format 'builtin'"),
         ("demo-control", "compress.loss=kl", "objective 'match'"),
         ("demo-control", "compress.visible=true", "objective 'match'"),
         ("demo-control", "eval.path=questions.jsonl", "objective 'match'"),
@@ -329,6 +331,7 @@ def test_an_override_that_another_one_makes_idle(recipe, overrides, key) -> None
 def test_an_override_that_says_none_is_taken() -> None:
     overrides = ["data.format=pairs", "data.path=x", "data.sources=[]", "data.min_score=2"]
     overrides += ["eval.path=null", "eval.every=5"]
+    overrides += ["data.bad_rows=0.1"]
     check_effect(load_config("demo-control", overrides), overrides)
     along = ["eval.every=5", "eval.along=[i2i/seen]", "data.weighting=proportional"]
     check_effect(load_config("demo-control", along), along)

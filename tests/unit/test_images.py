@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
+import resource
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from coma_ds.data import images
-from coma_ds.data.images import BytesPicture, FilePicture, as_picture, check_sample, decode
+from coma_ds.data.images import BytesPicture, FilePicture, as_picture, check_pictures, decode
 from coma_ds.data.records import Dialogue, Pair, Side, Turn
+from tests.odd_images import bomb, odd_kinds
 
 # left half red, right half blue: turns and flips are visible
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -70,6 +74,51 @@ def test_orientation_distinguishes_mirrored_turns() -> None:
         exif = Image.Exif()
         exif[0x0112] = orientation
         assert decode(_encoded(corner, "PNG", exif=exif), "x").getpixel(place) == RED
+
+
+@pytest.mark.parametrize("kind", odd_kinds(0))
+def test_every_kind_becomes_the_pixels_that_it_shows(kind: str) -> None:
+    for seed in (3, 4):
+        data, shown = odd_kinds(seed)[kind]
+        image = decode(data, kind)
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), shown)
+
+
+def test_a_real_bomb_is_refused_before_it_takes_memory() -> None:
+    data = bomb()
+    assert len(data) < 300_000
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match=r"image x is too large to decode safely.*900000000"):
+        decode(data, "x")
+    assert time.process_time() - began < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024  # KiB
+    assert decode(bomb(1000), "x").size == (1000, 1000)  # it is an image, only a large one
+
+
+def test_a_full_memory_is_no_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "upright_rgb", full)
+    with pytest.raises(MemoryError):
+        decode(_png(), "x")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.EIO, OSError), (errno.EMFILE, OSError), (errno.EACCES, ValueError)]
+)
+def test_a_failing_disk_is_no_bad_row(tmp_path: object, monkeypatch, code, kind) -> None:
+    """What fails now and not after a restart must not decide which rows are read."""
+
+    def fail(*_: object) -> None:
+        raise OSError(code, "it failed")
+
+    with open(os.path.join(os.fspath(tmp_path), "1.png"), "wb") as file:
+        file.write(_png())
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(kind, match=r"image .*1\.png cannot be read: it failed") as caught:
+        FilePicture(os.fspath(tmp_path), "1.png").open()
+    assert isinstance(caught.value, ValueError) == (kind is ValueError)
 
 
 def test_modes_become_rgb() -> None:
@@ -262,35 +311,38 @@ def test_as_picture() -> None:
         as_picture("a.png", None, "file.jsonl line 3")
     with pytest.raises(ValueError, match=r"file\.jsonl line 3: image path '/a\.png' is absolute"):
         as_picture("/a.png", "/images", "file.jsonl line 3")
+    for value in ("text", 10**13, [1, 2]):
+        with pytest.raises(
+            ValueError, match=r"r \(bytes\): 'bytes' of an image must be its encoded"
+        ):
+            as_picture({"bytes": value}, "/images", "r")
     with pytest.raises(ValueError, match=r"r: an image is a path, bytes or .* got int '3'"):
         as_picture(3, "/images", "r")
 
 
-def test_check_sample(tmp_path: object) -> None:
+def test_check_pictures(tmp_path: object) -> None:
     root = os.fspath(tmp_path)
-    data = _png()
-    for row in range(20):
-        with open(os.path.join(root, f"{row}.png"), "wb") as file:
-            file.write(data)
-
-    def pair(row: int) -> Pair:
-        side = Side("<|image_1|>", (FilePicture(root, f"{row}.png"),))
-        return Pair(Side("q"), Side("t"), (side,), name=f"line {row}")
-
-    def talk(row: int) -> Dialogue:
-        return Dialogue((FilePicture(root, f"{row}.png"),), (Turn("q", "a"),), name=f"line {row}")
-
-    for make in (pair, talk):
-        reader = [make(row) for row in range(20)]
-        check_sample(reader)
-        os.rename(os.path.join(root, "13.png"), os.path.join(root, "away"))
-        for count in (None, 20, 64):
-            with pytest.raises(ValueError, match=r"line 13: image .*13\.png does not exist"):
-                check_sample(reader, rows=count, opened=0)
-        check_sample(reader, rows=2, opened=2)
-        os.rename(os.path.join(root, "away"), os.path.join(root, "13.png"))
-    with open(os.path.join(root, "0.png"), "wb") as file:
-        file.write(data[:40])
-    check_sample(reader, opened=0)
-    with pytest.raises(ValueError, match=r"line 0: image .*0\.png cannot be decoded"):
-        check_sample(reader, opened=1)
+    for name in ("first", "second"):
+        with open(os.path.join(root, f"{name}.png"), "wb") as file:
+            file.write(_png())
+    first, second = FilePicture(root, "first.png"), FilePicture(root, "second.png")
+    side = Side("<|image_1|>", (first,)), Side("<|image_1|>", (second,))
+    records = [
+        Pair(Side("q"), side[0], (side[1],), name="line 13"),
+        Pair(*side, name="line 13"),
+        Dialogue((first, second), (Turn("q", "a"),), name="line 13"),
+    ]
+    for record in records:
+        for decoded in (False, True):
+            check_pictures(record, decoded=decoded)
+    with open(second.name, "wb") as file:
+        file.write(_png()[:40])
+    for record in records:
+        check_pictures(record, decoded=False)
+        with pytest.raises(ValueError, match=r"line 13: image .*second\.png cannot be decoded"):
+            check_pictures(record, decoded=True)
+    os.unlink(second.name)
+    for record in records:
+        for decoded in (False, True):
+            with pytest.raises(ValueError, match=r"line 13: image .*second\.png does not exist"):
+                check_pictures(record, decoded=decoded)

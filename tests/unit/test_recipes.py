@@ -11,7 +11,7 @@ import pytest
 from coma_ds.config import RunConfig, load_config
 from coma_ds.data.builtin import BuiltinPairs
 from coma_ds.data.mmeb_layout import OFFICIAL_SETS
-from coma_ds.engine import OWNED_BY_RUN, deepspeed_config, read_mechanics
+from coma_ds.mechanics import OWNED_BY_RUN, deepspeed_config, read_mechanics
 from coma_ds.recipe_files import recipe_names
 
 WANTED = {

@@ -166,8 +166,8 @@ FREE = [
     "output=elsewhere", "init_from=/another", "deepspeed=zero0", "eval.every=7", "eval.root=/sets",
     "eval.batch_size=3", "checkpoint.every=7", "checkpoint.resume=none", "logging.every=9",
     "chunk.samples=3", "chunk.tokens=900", "data.root=/a", "data.path=/a", "data.image_root=/a",
-    "data.workers=5", "model.path=/a", "model.attention=dense", "model.arithmetic=sdpa",
-    "model.gradient_checkpointing=true",
+    "data.workers=5", "data.bad_rows=0.5", "model.path=/a", "model.attention=dense",
+    "model.arithmetic=sdpa", "model.gradient_checkpointing=true",
 ]  # fmt: skip
 COUNTED = {
     "seed=1": "seed: 0 -> 1",

@@ -21,9 +21,10 @@ PACKAGE, KERNELS = ROOT / "coma_ds", ROOT / "kernels"
 FLOORS = {
     "kernels": 0,
     **dict.fromkeys(("batch", "comm", "config", "effects", "entry", "rank_report"), 1),
+    **dict.fromkeys(("manifest", "ownership", "stopping", "guard"), 1),
     **dict.fromkeys(("data", "model", "evaluation", "optim", "metrics"), 2),
     **dict.fromkeys(("inference", "embedder", "bulk", "displays", "assessment"), 2),
-    **dict.fromkeys(("engine", "checkpoint"), 3),
+    **dict.fromkeys(("engine", "mechanics", "checkpoint"), 3),
     **dict.fromkeys(("step", "objectives", "verify", "assemble", "checks", "report"), 4),
     **dict.fromkeys(("run", "run_folder"), 4),
     **dict.fromkeys(("train", "commands"), 5),
@@ -31,7 +32,7 @@ FLOORS = {
 }
 # Who may import a package; a name stands for a module, or a folder with everything in it.
 OWNERS = {
-    "deepspeed": ("engine", "checkpoint"),
+    "deepspeed": ("engine", "mechanics"),
     "transformers": ("model", "data.processing", "commands.demo_base"),
     "triton": ("kernels",),
     "tensorboard": ("metrics",),
