@@ -82,7 +82,7 @@ class Job:
 
     def signal_rank(self, node: str, number: signal.Signals) -> int:
         """Send a signal to the rank on a node; its process."""
-        process = wait_for(lambda: self.cluster.rank(node), 60, f"a rank on {node}")
+        process = wait_for(lambda: self.cluster.rank(node, self.number), 60, f"a rank on {node}")
         os.kill(process, number)
         return process
 

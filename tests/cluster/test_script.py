@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ def submitted(root: Path, jobs: Jobs, cluster: VirtualCluster):
         "stop": submit("stop", "well", steps="--steps=60"),
         "hang": submit("hang", "hang", steps=LONG, **lead),
         "array": submit("array", "well", "--array=0-1", steps="--steps=60"),
+        "killed": submit("killed", "well", "--nodes=2", steps="--steps=60"),
+        "killed deepspeed": submit(
+            "killed-deepspeed", "well", "--nodes=2", steps="--steps=60", COMA_LAUNCHER="deepspeed"
+        ),
+        "cancelled": submit("cancelled", "well", "--nodes=2", steps="--steps=600"),
         "first": submit("single", "well", "--dependency=singleton", steps="--steps=15"),
         "second": submit("single", "well", "--dependency=singleton", steps="--steps=15"),
     }  # fmt: skip
@@ -68,6 +74,11 @@ def test_stopped_jobs_come_back_and_end(submitted):
     for name in ("stop", "hang"):
         ask_to_stop(submitted[name])
     ask_to_stop(submitted["array"], task="_1")  # the one with the number of the whole
+    for name in ("killed", "killed deepspeed"):
+        submitted[name].wait_for_published(1)
+        submitted[name].signal_rank("node2", signal.SIGKILL)
+    submitted["cancelled"].wait_for_published(1)
+    submitted["cancelled"].cluster.run("scancel", str(submitted["cancelled"].number))
     job = submitted["stop"]
     assert ended(job) == ("COMPLETED", "0", 1), job.log
     assert "job: requeued, restart 1 of at most 1: stopped at step" in job.log
@@ -136,6 +147,24 @@ def test_ranks_that_do_not_stop_are_ended_in_time(submitted):
     job = submitted["hang"]
     job.wait_for_words("job: the ranks did not stop within 4 s: they are ended")
     job.wait_for_words("requeued, restart 1 of at most 1: a fault after step")
+
+
+@pytest.mark.parametrize("name", ["killed", "killed deepspeed"])
+def test_a_killed_rank_fails_the_start_and_the_next_goes_on(submitted, name):
+    """Whatever the launcher's exit code is."""
+    job = submitted[name]
+    assert ended(job) == ("COMPLETED", "0", 1), job.log
+    assert "error: rank 1 on node2 ended without a word: killed from outside" in job.log
+    assert "requeued, restart 1 of at most 1: a fault after step" in job.log
+    assert job.log.count("done in start 1") == 2
+
+
+def test_a_cancelled_job_saves_and_stays_away(submitted):
+    job = submitted["cancelled"]
+    found = job.wait()
+    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
+    assert f"job: ended by SLURM at step {job.published}\n" in job.log
+    assert (job.control / "stop").exists()
 
 
 def test_a_task_of_an_array_is_requeued_alone(submitted, jobs):

@@ -252,14 +252,15 @@ class VirtualCluster:
         """SLURM finds the node again, and ends what should not run there."""
         os.kill(self.init(node), signal.SIGUSR1)
 
-    def rank(self, node: str) -> int:
+    def rank(self, node: str, job: int) -> int:
         """The first rank of a job on a node, as this machine numbers it; 0 without one."""
+        named = b"SLURM_JOB_ID=%d" % job
         for pid in descendants(self.init(node)):
             try:
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if any(entry.startswith(b"RANK=") for entry in environment):
+            if named in environment and any(e.startswith(b"RANK=") for e in environment):
                 return pid
         return 0
 
