@@ -102,8 +102,9 @@ printf '%s %s %s %s\n' "$restarts" "$before" "$(date +%FT%T)" "$SLURM_JOB_NODELI
     >>"$COMA_DS_CONTROL/starts"
 
 is_newest() { # false on a lost node, when the job runs elsewhere by now
-    local newest
-    newest=$(tail -n 1 "$COMA_DS_CONTROL/starts") && [[ ${newest%% *} == "$restarts" ]]
+    local newest='' first
+    while read -r first _; do newest=$first; done <"$COMA_DS_CONTROL/starts"
+    [[ $newest == "$restarts" ]]
 }
 
 # False when SLURM has requeued the job already, and this script lives on a node that it lost.
@@ -141,6 +142,8 @@ record() { # what this job is made of
 }
 
 # ---- signals: USR1 comes before the end of the time, TERM with scancel and pre-emption
+# TERM comes to every process of this script, twice with pre-emption: no other program may be
+# needed to write the file, and none that is run from there on may die of it.
 
 signals=0 stopping='' ended='' timer=''
 
@@ -150,7 +153,7 @@ ask_to_stop() {
         stopping=$1
         say "$1: asked the ranks to save and stop"
     fi
-    date +%FT%T >"$COMA_DS_CONTROL/stop"
+    printf '%(%FT%T)T\n' -1 >"$COMA_DS_CONTROL/stop"
 }
 seconds_left() {
     local end
@@ -169,6 +172,7 @@ on_usr1() {
     fi
 }
 on_term() {
+    trap '' TERM USR1
     signals=$((signals + 1))
     ended=yes
     ask_to_stop 'SLURM ends this job (scancel, pre-emption, or a node that is lost)'

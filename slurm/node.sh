@@ -31,25 +31,30 @@ import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
 os.execvp(sys.executable, [sys.executable, "-P", *sys.argv[1:]])'
 
+# Builtins only: at TERM every other program of the step ends.
 signals=0
-# shellcheck disable=SC2317  # called by the trap
+# shellcheck disable=SC2317  # called by the traps
 on_signal() {
     signals=$((signals + 1))
     if [[ -e $failed ]]; then # srun ends this node because of another one: nothing is to be saved
         end_tree "$pid"
         return
     fi
-    local newest
-    newest=$(tail -n 1 "$COMA_DS_CONTROL/starts")
-    if [[ ${newest%% *} == "${SLURM_RESTART_COUNT:-0}" ]]; then touch "$COMA_DS_CONTROL/stop"; fi
+    local newest='' first
+    while read -r first _; do newest=$first; done <"$COMA_DS_CONTROL/starts"
+    if [[ $newest == "${SLURM_RESTART_COUNT:-0}" ]]; then : >"$COMA_DS_CONTROL/stop"; fi
 }
-# shellcheck disable=SC2013,SC2317
+# shellcheck disable=SC2317
 end_tree() { # PID: it and all below it, by SIGKILL
-    local child
-    for child in $(cat "/proc/$1/task/$1/children" 2>/dev/null); do end_tree "$child"; done
+    local child children=()
+    if [[ -r /proc/$1/task/$1/children ]]; then
+        read -r -a children <"/proc/$1/task/$1/children" || true
+    fi
+    for child in "${children[@]}"; do end_tree "$child"; done
     kill -KILL "$1" 2>/dev/null || true
 }
-trap on_signal USR1 TERM
+trap on_signal USR1
+trap 'trap "" TERM USR1; on_signal' TERM
 
 "${python[@]}" -c "$shield" "${launcher[@]}" "${entry[@]}" </dev/null &
 pid=$!
