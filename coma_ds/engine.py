@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -287,8 +288,11 @@ class _Writer(TorchCheckpointEngine):
         try:
             self.engine.save(state_dict, path)
             self.files.append(Path(path))
-        except (OSError, RuntimeError) as error:
-            self.problems.append(f"{path} cannot be written: {error}")
+        except (OSError, RuntimeError) as error:  # torch does not tell a full disk as such
+            free = shutil.disk_usage(Path(path).parent).free / 2**20
+            self.problems.append(
+                f"{path} cannot be written, {free:.0f} MB are free there ({error})"
+            )
 
 
 def _drop_frozen(module, state: dict, prefix: str, _) -> None:

@@ -137,6 +137,15 @@ def test_the_step_of_a_checkpoint_is_kept(tmp_path, monkeypatch) -> None:
     assert found == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "eval")]
 
 
+def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog) -> None:
+    watch = monitor(tmp_path, tensorboard=False)
+    watch._file = open("/dev/full", "w")
+    for step in (1, 2):
+        watch.scalars(step, {"loss": 1.0})
+    told = [line for line in caplog.messages if "is not in the metrics" in line]
+    assert told == ["step 1 is not in the metrics: [Errno 28] No space left on device"]
+
+
 def test_another_rank_writes_nothing(tmp_path) -> None:
     folder = tmp_path / "run"
     watch = Monitor(folder, active=False)
