@@ -157,7 +157,7 @@ def leave(code: int) -> NoReturn:
     if workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is ended
         for worker in workers:
-            worker.terminate()
+            worker.kill()  # below a batch script SIGTERM is blocked
     for handler in logging.getLogger().handlers + log.handlers:
         handler.flush()
     sys.stdout.flush()

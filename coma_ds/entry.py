@@ -64,8 +64,9 @@ def entry_point(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         sys.stderr.write(f"\n{message}\n")
         sys.stderr.flush()
         repeat_at_the_end(message)
-    rank_report.write_report(code, message)
-    comm.leave(code)
+    reported = rank_report.write_report(code, message)
+    # The code of a stop is read there; to a launcher, which would report it, all is well.
+    comm.leave(0 if reported and code in rank_report.AS_ASKED else code)
 
 
 def _code_of(stop: SystemExit) -> tuple[int, str]:

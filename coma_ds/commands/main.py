@@ -11,6 +11,7 @@ from coma_ds.commands import (
     encode_command,
     evaluate_command,
     export_command,
+    preflight_command,
     train_command,
 )
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "encode": encode_command,
     "export": export_command,
     "config": config_command,
+    "preflight": preflight_command,
 }
 
 
@@ -53,7 +55,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; ``rest`` holds what ``train`` passes on to the training script."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command in ("train", "config"):  # argparse loses what stands after an option
+    # argparse loses what stands after an option
+    if args.command in ("train", "config", "preflight"):
         late = [word for word in rest if "=" in word and not word.startswith("-")]
         args.overrides += late
         rest = [word for word in rest if word not in late]

@@ -1,0 +1,373 @@
+"""Look at every node of a job, before it loads a model: one process a node, under srun."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coma_ds.config import RunConfig
+
+EXAMPLES = """The batch scripts of slurm/ run it; without a job it looks at this machine.
+
+examples:
+  coma-ds preflight --recipe demo-compress
+  srun --ntasks-per-node=1 coma-ds preflight --recipe qwen2_5_vl_3b-match output=/shared/run"""
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "triton", "flash-attn")
+ROWS, OPENED = 100, 4  # of each source: images found, and decoded
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Place:
+    """This node in its job; ``names`` are the nodes in order, ``control`` is a shared folder."""
+
+    number: int
+    names: tuple[str, ...]
+    control: Path
+    ranks: int  # on each node
+    restart: int
+    address: str
+    port: int
+    seconds: float  # for all of it
+    free_gib: float
+
+    @property
+    def name(self) -> str:
+        """The name of this node."""
+        return self.names[self.number]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What must be the same on all nodes."""
+
+    node: str
+    commit: str
+    code: str  # digest of the package's files
+    versions: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this command."""
+    parser.add_argument("--recipe", default="demo-compress", help="as for train")
+    parser.add_argument("--run", metavar="RUN", help="a finished run that is to be evaluated")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="a value in place of the recipe's"
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """All checks; 0 when this node can start, 2 when another node has said why it cannot.
+
+    Raises ``ValueError``, with the node's name, for what is wrong on this one.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="coma-ds-") as scratch:
+        place = read_place(dict(os.environ), Path(scratch))
+        try:
+            if args.run:
+                config = run_config(Path(args.run))
+            else:
+                from coma_ds.config import load_config
+
+                config = load_config(args.recipe, args.overrides)
+            said = look(place, config, began + place.seconds)
+        except ValueError as error:
+            raise ValueError(f"{place.name}: {error}") from None
+    if said is None:
+        return 2
+    if place.number == 0:
+        sys.stderr.write(f"preflight: {said}, {time.monotonic() - began:.1f} s\n")
+    return 0
+
+
+def run_config(folder: Path) -> RunConfig:
+    """The config of a finished run.  Raises ``ValueError`` where there is none."""
+    from coma_ds.commands.evaluate_command import read_run
+
+    config = read_run(folder)
+    if not (folder / "model" / "config.json").is_file():
+        raise ValueError(f"{folder} has no model/: the run is not finished")
+    return config.model_copy(update={"output": str(folder)})
+
+
+def read_place(environment: dict[str, str], scratch: Path) -> Place:
+    """Where this process runs, from what SLURM and slurm/common.sh say."""
+    names = environment.get("COMA_NODE_NAMES", "").split() or [socket.gethostname()]
+    return Place(
+        number=int(environment.get("SLURM_NODEID", 0)) if len(names) > 1 else 0,
+        names=tuple(names),
+        control=Path(environment.get("COMA_DS_CONTROL") or scratch),
+        ranks=int(environment.get("COMA_RANKS_PER_NODE", 1)),
+        restart=int(environment.get("SLURM_RESTART_COUNT", 0)),
+        address=environment.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(environment.get("MASTER_PORT", 0)),
+        seconds=float(environment.get("COMA_PREFLIGHT_SECONDS", 45)),
+        free_gib=float(environment.get("COMA_MIN_FREE_GIB", 2)),
+    )
+
+
+def look(place: Place, config: RunConfig, deadline: float) -> str | None:
+    """Every check in turn: what is light first.  None when another node has a problem.
+
+    Raises ``ValueError`` for one of this node, or of all.
+    """
+    folder = place.control / "preflight" / str(place.restart)
+    mark = Path(config.output) / f".preflight-{place.restart}-{place.name}"
+    problem = ""
+    try:
+        free = check_output(mark, place.free_gib)
+    except ValueError as error:
+        problem = str(error)
+    try:
+        mine = Facts(place.name, commit(), code_digest(), versions(), problem)
+        leave(folder, place, mine)
+        if problem:
+            raise ValueError(problem)
+        # two thirds of the time: the rest is for what comes after
+        everyone = gather(folder, place, mine, deadline - place.seconds / 3)
+        if any(facts.problem for facts in everyone):
+            return None
+        if place.number == 0:
+            compare(everyone)
+        check_seen(mark, place)
+        try:
+            devices = check_devices(place)
+            took = all_reduce(place, deadline)
+            if config.data.format != "builtin":
+                check_data(config)
+        except ValueError as error:
+            leave(folder, place, Facts(**asdict(mine) | {"problem": str(error)}))
+            raise
+        if place.number == 0:
+            record(place, config, mine)
+    finally:
+        mark.unlink(missing_ok=True)
+    return (
+        f"{len(place.names)} node(s), {place.ranks} rank(s) each on {devices}, all-reduce "
+        f"{1000 * took:.0f} ms, {free:.0f} GiB free at {config.output}, commit {mine.commit}"
+    )
+
+
+def check_output(mark: Path, free_gib: float) -> float:
+    """Write ``mark`` into the folder of the run; the free GiB there.  Raises ``ValueError``."""
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("")
+        free = shutil.disk_usage(mark.parent).free / GIB
+    except OSError as error:
+        raise ValueError(f"output {mark.parent} cannot be written: {error.strerror}") from None
+    if free < free_gib:
+        raise ValueError(
+            f"{free:.1f} GiB are free at {mark.parent}, {free_gib:g} are needed "
+            "(COMA_MIN_FREE_GIB): make room, or give another output"
+        )
+    return free
+
+
+def commit() -> str:
+    """The commit of the code, with ``+`` when files differ from it; ``-`` without git."""
+    root = str(Path(__file__).parents[2])
+    try:
+        words = ["git", "-C", root, "describe", "--always", "--abbrev=12", "--dirty=+"]
+        done = subprocess.run(
+            [*words, "--exclude=*"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "-"
+    return done.stdout.strip()
+
+
+def code_digest() -> str:
+    """A digest of every Python file and recipe of the package on this node."""
+    digest, package = hashlib.blake2b(digest_size=8), Path(__file__).parents[1]
+    for path in sorted(p for kind in ("py", "yaml") for p in package.rglob(f"*.{kind}")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide a result; ``-`` for one that is not there."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "-"
+    return found
+
+
+def leave(folder: Path, place: Place, facts: Facts) -> None:
+    """Write this node's file for the others.  Raises ``ValueError`` where that fails."""
+    path = folder / f"{place.number}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{place.name}.tmp")
+        partial.write_text(json.dumps(asdict(facts)))
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"the shared folder {place.control} cannot be written: {error.strerror} (COMA_SHARED)"
+        ) from None
+
+
+def gather(folder: Path, place: Place, mine: Facts, deadline: float) -> list[Facts]:
+    """The files of all nodes, in their order; at once when one of them has a problem.
+
+    Raises ``ValueError`` at the deadline, with the nodes that did not come.
+    """
+    while True:
+        found: dict[int, Facts] = {}
+        for path in folder.glob("*.json"):
+            found[int(path.stem)] = Facts(**json.loads(path.read_text()))
+        missing = [n for i, n in enumerate(place.names) if i not in found]
+        if not missing or any(facts.problem for facts in found.values()):
+            return [found[number] for number in sorted(found)]
+        if time.monotonic() >= deadline:
+            if place.number != min(found):  # one says it
+                return [*found.values(), Facts("", "", "", problem="said by another node")]
+            raise ValueError(
+                f"{', '.join(missing)} did not come, or what is written there to {place.control} "
+                f"is not seen here (sbatch --exclude={','.join(missing)} leaves a node out)"
+            )
+        time.sleep(0.2)
+        leave(folder, place, mine)  # a folder of NFS is read anew after a change from this node
+
+
+def compare(everyone: list[Facts]) -> None:
+    """Raise ``ValueError`` for a node with other versions or other code than the first one."""
+    first = everyone[0]
+    for facts in everyone[1:]:
+        for name, version in facts.versions.items():
+            if version != first.versions.get(name):
+                raise ValueError(
+                    f"{facts.node} has {name} {version}, {first.node} has "
+                    f"{first.versions.get(name)}: all nodes need the same environment"
+                )
+        if (facts.commit, facts.code) != (first.commit, first.code):
+            raise ValueError(
+                f"{facts.node} runs other code (commit {facts.commit}, digest {facts.code}) than "
+                f"{first.node} (commit {first.commit}, digest {first.code})"
+            )
+
+
+def check_seen(mark: Path, place: Place) -> None:
+    """Raise ``ValueError`` when the output of another node is not seen here."""
+    for name in place.names:
+        if not mark.with_name(f".preflight-{place.restart}-{name}").exists():
+            raise ValueError(
+                f"what {name} wrote to {mark.parent} is not seen here: output must be on a file "
+                "system that all nodes share"
+            )
+
+
+def check_devices(place: Place) -> str:
+    """The kind of device.  Raises ``ValueError`` for fewer GPUs than ranks."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count()
+    if count < place.ranks:
+        raise ValueError(
+            f"{count} GPU(s) found, {place.ranks} are asked for (COMA_RANKS_PER_NODE, "
+            f"--gpus-per-node; sbatch --exclude={place.name} leaves the node out)"
+        )
+    for number in range(place.ranks):  # one that is lost fails here
+        try:
+            torch.ones(8, device=f"cuda:{number}").sum().item()
+        except RuntimeError as error:
+            raise ValueError(f"GPU {number} does not work: {str(error).splitlines()[0]}") from None
+    return torch.cuda.get_device_name(0)
+
+
+def all_reduce(place: Place, deadline: float) -> float:
+    """Sum a MiB over the nodes, on the job's own address and port; the seconds that took.
+
+    Raises ``ValueError`` when a node is not reached.
+    """
+    import torch
+    import torch.distributed as dist
+
+    count = len(place.names)
+    if count == 1:
+        return 0.0
+
+    def left() -> timedelta:
+        return timedelta(seconds=max(2.0, deadline - time.monotonic()))
+
+    where = f"{place.address}:{place.port}"
+    try:
+        store = dist.TCPStore(
+            place.address, place.port, count, place.number == 0, left(), wait_for_workers=False
+        )
+        store.set(f"here-{place.number}", "")
+        for number, name in enumerate(place.names):
+            try:
+                store.wait([f"here-{number}"], left())
+            except dist.DistError:
+                raise ValueError(
+                    f"{name} does not reach {where} (the network between the nodes)"
+                ) from None
+    except (RuntimeError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{where} is not to be had: {reason} (COMA_MASTER_ADDR, COMA_MASTER_PORT)"
+        ) from None
+    try:
+        dist.init_process_group(
+            "gloo", store=store, rank=place.number, world_size=count, timeout=left()
+        )
+        values = torch.ones(2**18)
+        dist.all_reduce(values)  # connects
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        took = time.perf_counter() - began
+        right = bool((values == count**2).all())
+        dist.barrier()
+        dist.destroy_process_group()
+    except (RuntimeError, dist.DistError) as error:
+        raise ValueError(
+            f"no all-reduce with the other nodes: {str(error).splitlines()[0]} (gloo takes the "
+            "address of the host name; GLOO_SOCKET_IFNAME names a network)"
+        ) from None
+    if not right:
+        raise ValueError("an all-reduce gave a wrong sum")
+    return took
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise ``ValueError`` when a sample of the training data or its images is not here."""
+    from coma_ds.assemble import build_sources
+    from coma_ds.data.images import check_sample
+
+    for reader in build_sources(config).values():
+        check_sample(reader, rows=ROWS, opened=OPENED)
+
+
+def record(place: Place, config: RunConfig, facts: Facts) -> None:
+    """Leave versions and the DeepSpeed config in the job's folder, once a job."""
+    lines = [f"{name} {version}\n" for name, version in facts.versions.items()]
+    lines.append(f"code {facts.code}\n")
+    (place.control / "versions.txt").write_text("".join(lines))
+    target = place.control / "ds_config.json"
+    if not target.exists():
+        from coma_ds.engine import deepspeed_config
+
+        target.write_text(f"{json.dumps(deepspeed_config(config), indent=2)}\n")

@@ -1,0 +1,337 @@
+# shellcheck shell=bash
+# What every job of this folder does; sourced by its batch scripts, which then call one of
+#   launch_train DEFAULT_RECIPE [RECIPE] [KEY=VALUE ...]
+#   launch_evaluate RUN [OPTION ...]
+# Run outside a job, a batch script submits itself, with the options of slurm/site.env.
+set -euo pipefail
+
+say() { printf 'job: %s\n' "$*" >&2; }
+fail() {
+    say "error: $*"
+    exit 2
+}
+
+root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+cd "$root"
+if [[ -f slurm/site.env ]]; then
+    set -a
+    # shellcheck source=/dev/null
+    source slurm/site.env
+    set +a
+fi
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    # shellcheck disable=SC2086  # options, split into words
+    exec sbatch ${COMA_SBATCH:-} "$0" "$@"
+fi
+
+# ---- settings: slurm/site.env.example says what they are
+
+export COMA_LAUNCHER=${COMA_LAUNCHER:-torchrun}
+case $COMA_LAUNCHER in
+torchrun | deepspeed) ;;
+*) fail "COMA_LAUNCHER is '$COMA_LAUNCHER': expected torchrun or deepspeed" ;;
+esac
+
+if [[ -n ${COMA_MODULES:-} ]]; then
+    set +u # the module function of many sites reads what is not set
+    # shellcheck source=/dev/null
+    type module >/dev/null 2>&1 || source /etc/profile
+    # shellcheck disable=SC2086
+    module load $COMA_MODULES
+    set -u
+fi
+if [[ -z ${COMA_PYTHON:-} ]]; then
+    COMA_PYTHON=python3
+    for place in "${COMA_VENV:-}" .venv; do
+        if [[ -n $place && -x $place/bin/python ]]; then
+            COMA_PYTHON=$place/bin/python
+            break
+        fi
+    done
+fi
+if [[ $COMA_PYTHON == */* && $COMA_PYTHON != /* ]]; then COMA_PYTHON=$root/$COMA_PYTHON; fi
+# what starts Python, as words: a container's command, then the program
+export COMA_PYTHON_COMMAND="${COMA_CONTAINER:+$COMA_CONTAINER }$COMA_PYTHON -P"
+read -r -a python <<<"$COMA_PYTHON_COMMAND"
+
+nodes=${SLURM_JOB_NUM_NODES:-1}
+gpus=${SLURM_GPUS_ON_NODE:-0}
+export COMA_RANKS_PER_NODE=${COMA_RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+if ((gpus == 0)) && ! command -v nvidia-smi >/dev/null; then
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} / COMA_RANKS_PER_NODE > 0 ?
+    ${SLURM_CPUS_ON_NODE:-1} / COMA_RANKS_PER_NODE : 1))}
+
+restarts=${SLURM_RESTART_COUNT:-0}
+# One task of an array may have the number of the whole: requeue would then take all of them.
+job_id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export COMA_NODE_NAMES="${names[*]}"
+export MASTER_ADDR=${COMA_MASTER_ADDR:-${names[0]}}
+# below the range from which kernels give ports away; another one at each start
+export MASTER_PORT=${COMA_MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 31 + restarts) % 20000))}
+# since SLURM 22.05 srun does not take this from the job any more
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
+export COMA_SHARED=${COMA_SHARED:-$root/runs}
+export COMA_DS_CONTROL=$COMA_SHARED/jobs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+export COMA_DS_LEAD_SECONDS=${COMA_DS_LEAD_SECONDS:-300}
+export COMA_DS_RANK_REPORTS=$COMA_DS_CONTROL/ranks/$restarts
+export COMA_MAX_RESTARTS=${COMA_MAX_RESTARTS:-20}
+
+# ---- the job's folder
+
+# A folder of that name is another cluster's, or of a time before its numbers began again.
+if ((restarts == 0)) && [[ -e $COMA_DS_CONTROL ]]; then
+    mv "$COMA_DS_CONTROL" "$COMA_DS_CONTROL.$(date +%Y%m%d-%H%M%S)"
+fi
+mkdir -p "$COMA_DS_RANK_REPORTS" "$COMA_DS_CONTROL/flight" ||
+    fail "$COMA_DS_CONTROL cannot be made: COMA_SHARED must be a folder on all nodes"
+rm -f "$COMA_DS_CONTROL/stop" "$COMA_DS_RANK_REPORTS"/*
+
+published() { # the last published step, 0 without one
+    local step=0
+    if [[ -f $COMA_DS_CONTROL/published ]]; then read -r step <"$COMA_DS_CONTROL/published" || true; fi
+    printf '%d' "${step:-0}"
+}
+before=$(published)
+# one line a start: its restart count, and the step that was published before it
+printf '%s %s %s %s\n' "$restarts" "$before" "$(date +%FT%T)" "$SLURM_JOB_NODELIST" \
+    >>"$COMA_DS_CONTROL/starts"
+
+is_newest() { # false on a lost node, when the job runs elsewhere by now
+    local newest
+    newest=$(tail -n 1 "$COMA_DS_CONTROL/starts") && [[ ${newest%% *} == "$restarts" ]]
+}
+
+# False when SLURM has requeued the job already, and this script lives on a node that it lost.
+is_ours() {
+    local said
+    said=$(scontrol show job "$job_id" --oneliner) || return 0
+    [[ $said == *" JobState=RUNNING "* || $said == *" JobState=COMPLETING "* ]] &&
+        [[ $said == *" Restarts=$restarts "* ]]
+}
+
+# On a hang NCCL's flight recorder leaves what every rank was doing.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
+export TORCH_FR_DUMP_TEMP_FILE=$COMA_DS_CONTROL/flight/rank-
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$TORCH_FR_DUMP_TEMP_FILE # its older name
+# Operations that DeepSpeed compiles are kept for each environment: one cache for several is
+# built again at every change.
+if [[ -z ${TORCH_EXTENSIONS_DIR:-} ]]; then
+    environment=$(printf '%s' "$COMA_PYTHON_COMMAND" | cksum)
+    export TORCH_EXTENSIONS_DIR=$COMA_SHARED/torch_extensions/${environment%% *}
+fi
+
+record() { # what this job is made of
+    git rev-parse HEAD >"$COMA_DS_CONTROL/commit.txt" 2>/dev/null ||
+        echo 'no git here' >"$COMA_DS_CONTROL/commit.txt"
+    git diff HEAD >"$COMA_DS_CONTROL/diff.patch" 2>/dev/null || true
+    scontrol show job "$job_id" >"$COMA_DS_CONTROL/job.txt" || true
+    local name value target=$COMA_DS_CONTROL/environment.txt
+    (umask 077 && : >"$target")
+    while IFS='=' read -r -d '' name value; do
+        case ${name^^} in
+        *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *AUTH*) value='***' ;;
+        esac
+        printf '%s=%q\n' "$name" "$value"
+    done < <(env -0) | sed -E 's#(://)[^/@]*@#\1***@#g' | sort >"$target"
+}
+
+# ---- signals: USR1 comes before the end of the time, TERM with scancel and pre-emption
+
+signals=0 stopping='' ended='' timer=''
+
+ask_to_stop() {
+    is_newest || return 0
+    if [[ -z $stopping ]]; then
+        stopping=$1
+        say "$1: asked the ranks to save and stop"
+    fi
+    date +%FT%T >"$COMA_DS_CONTROL/stop"
+}
+seconds_left() {
+    local end
+    end=$(scontrol show job "$job_id" --oneliner | sed -nE 's/.* EndTime=([0-9T:-]+).*/\1/p')
+    [[ -n $end ]] && echo $(($(date -d "$end" +%s) - $(date +%s)))
+}
+on_usr1() {
+    signals=$((signals + 1))
+    ask_to_stop 'the end of the time is near'
+    if [[ -z $timer ]]; then
+        local lead=$COMA_DS_LEAD_SECONDS left
+        left=$(seconds_left) && ((left < lead)) && lead=$left
+        # after the ranks' own timer (30 s before the end), in time for a requeue
+        hard_timer $((lead > 60 ? lead - 20 : lead * 2 / 3)) &
+        timer=$!
+    fi
+}
+on_term() {
+    signals=$((signals + 1))
+    ended=yes
+    ask_to_stop 'SLURM ends this job (scancel, pre-emption, or a node that is lost)'
+}
+hard_timer() { # a subshell: end the step, whatever hangs
+    trap - USR1 TERM
+    sleep "$1" &
+    # shellcheck disable=SC2064
+    trap "kill $! 2>/dev/null; exit" TERM
+    wait $!
+    say "the ranks did not stop within $1 s: they are ended"
+    local step
+    squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format '%i' |
+        while read -r step; do
+            case $step in *.[0-9]*) scancel --signal=KILL "$step" || true ;; esac
+        done
+}
+trap on_usr1 USR1
+trap on_term TERM
+
+# All cores of the node's part of the job are for all its ranks, where SLURM binds at all.
+binding=()
+if scontrol show config | grep -Eq '^TaskPlugin .*(affinity|cgroup)'; then binding=(--cpu-bind=none); fi
+
+run_step() { # srun in the background, so that signals are heard; its exit code
+    local pid code count
+    # shellcheck disable=SC2086  # options, split into words
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 \
+        --export=ALL --mpi=none "${binding[@]}" ${COMA_SRUN:-} "$@" </dev/null &
+    pid=$!
+    while :; do # a signal ends a wait: only one that none has ended tells the code
+        count=$signals code=0
+        wait "$pid" || code=$?
+        ((count == signals)) && break
+    done
+    return "$code"
+}
+
+# ---- the end of a start
+
+requeue() { # REASON
+    if ((restarts >= COMA_MAX_RESTARTS)); then
+        say "not started again: $restarts restarts are the limit (COMA_MAX_RESTARTS)"
+        return 1
+    fi
+    say "requeued, restart $((restarts + 1)) of at most $COMA_MAX_RESTARTS: $1"
+    trap '' TERM USR1
+    scontrol requeue "$job_id"
+}
+
+# Starts in a row, this one included, in which no step was gained.
+idle_starts() {
+    local count=0 last published_then
+    last=$(published)
+    while read -r _ published_then _; do
+        if ((published_then < last)); then break; fi
+        count=$((count + 1))
+    done < <(tac "$COMA_DS_CONTROL/starts")
+    echo "$count"
+}
+
+finish() { # CODE MESSAGE: what the ranks' end means for the job
+    local code=$1 message=$2 idle
+    if [[ -n $timer ]]; then kill "$timer" 2>/dev/null || true; fi
+    if ! is_newest; then
+        say 'this job runs elsewhere by now: this start of it ends'
+        exit 0
+    fi
+    if [[ -z $ended ]] && ! is_ours; then
+        say 'SLURM has taken this job from this node: this start of it ends'
+        exit 0
+    fi
+    idle=$(idle_starts)
+    case $code in
+    0)
+        say 'finished'
+        exit 0
+        ;;
+    86)
+        say 'a newer start owns the run: this one ends'
+        exit 0
+        ;;
+    87)
+        say 'held by the switch control/stop of the run: remove it and submit again to go on'
+        exit 0
+        ;;
+    esac
+    # what a rank said is lost above what launchers and srun say of a fault
+    if [[ -n $message && $code != 85 ]]; then printf '\n%s\n' "$message" >&2; fi
+    if [[ -n $ended ]]; then # requeued by SLURM itself, where it is
+        say "ended by SLURM at step $(published)"
+        exit 143
+    fi
+    case $code in
+    2) exit 2 ;;
+    85)
+        if ((idle < 3)); then
+            requeue "stopped at step $(published)" && exit 0
+        else
+            say "not started again: no step was gained in $idle starts"
+        fi
+        ;;
+    *)
+        if ((idle == 0)); then
+            requeue "a fault after step $(published) was published" && exit 0
+        else
+            say "not started again: no step was published since step $before"
+        fi
+        ;;
+    esac
+    exit "$code"
+}
+
+# ---- the two kinds of jobs
+
+preflight() { # ARGUMENTS: what to look at
+    if [[ ${COMA_PREFLIGHT:-1} == 0 ]]; then return; fi
+    local code=0
+    run_step --job-name=preflight --time=2 \
+        "${python[@]}" -m coma_ds.commands.main preflight "$@" || code=$?
+    if [[ -n $stopping ]]; then finish 85 ''; fi
+    if ((code)); then
+        say 'error: preflight failed, nothing was started'
+        exit 2
+    fi
+}
+
+launch() { # ENTRY ARGUMENTS: the same on every node
+    local code=0 message=''
+    printf '%s slots='"$COMA_RANKS_PER_NODE"'\n' "${names[@]}" >"$COMA_DS_CONTROL/hostfile"
+    run_step --job-name=ranks bash slurm/node.sh "$@" || true
+    message=$("${python[@]}" -m coma_ds.rank_report "$COMA_DS_RANK_REPORTS" \
+        0 $((nodes * COMA_RANKS_PER_NODE)) "$COMA_RANKS_PER_NODE" "${names[@]}") || code=$?
+    finish "$code" "$message"
+}
+
+begin() {
+    say "$SLURM_JOB_NAME $SLURM_JOB_ID, restart $restarts: $nodes node(s) $SLURM_JOB_NODELIST," \
+        "$COMA_RANKS_PER_NODE rank(s) each, $COMA_LAUNCHER; $COMA_DS_CONTROL"
+    record
+}
+
+launch_train() { # DEFAULT_RECIPE [RECIPE] [KEY=VALUE ...]
+    local recipe=$1 word
+    shift
+    if [[ -n ${1:-} && $1 != *=* && $1 != -* ]]; then
+        recipe=$1
+        shift
+    fi
+    local words=("${@//%a/${SLURM_ARRAY_TASK_ID:-}}") overrides=()
+    for word in "${words[@]}"; do
+        if [[ $word == *=* && $word != -* ]]; then overrides+=("$word"); fi
+    done
+    begin
+    "${python[@]}" -m coma_ds.commands.main config --recipe "$recipe" "${overrides[@]}" \
+        >"$COMA_DS_CONTROL/config.yaml" || exit 2
+    preflight --recipe "$recipe" "${overrides[@]}"
+    launch coma_ds/train.py --recipe "$recipe" "${words[@]}"
+}
+
+launch_evaluate() { # RUN [OPTION ...]
+    if [[ -z ${1:-} ]]; then fail 'evaluate: name the folder of a run'; fi
+    begin
+    preflight --run "$1"
+    launch -m coma_ds.commands.main evaluate "$@"
+}

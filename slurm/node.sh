@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# One node's part of a job: the launcher of its ranks, and the truth about how they ended.
+#   node.sh ENTRY [ARGUMENT ...]        ENTRY: a script, or -m MODULE
+# Its exit code is 0 where all ranks of the node ended as they meant to (the batch script reads from
+# their reports how that was): any other makes srun end the job on all nodes.
+set -euo pipefail
+
+read -r -a python <<<"$COMA_PYTHON_COMMAND"
+ranks=$COMA_RANKS_PER_NODE node=$SLURM_NODEID
+failed=$COMA_DS_RANK_REPORTS/failed
+entry=("$@")
+
+case $COMA_LAUNCHER in
+torchrun)
+    launcher=(-m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$node"
+        --nproc-per-node "$ranks" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+        --shutdown-timeout 5)
+    ;;
+deepspeed)
+    launcher=(-m deepspeed.launcher.runner --hostfile "$COMA_DS_CONTROL/hostfile" --no_ssh
+        --node_rank "$node" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
+        --log_level error)
+    if [[ ${entry[0]} == -m ]]; then entry=(--module "${entry[@]:1}"); fi
+    ;;
+esac
+
+# Launchers die of USR1 and end their ranks at TERM, and SLURM sends both to every process of the
+# step, TERM even twice.  They and all below them have both blocked; a file tells the ranks.
+shield='
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+os.execvp(sys.executable, [sys.executable, "-P", *sys.argv[1:]])'
+
+signals=0
+# shellcheck disable=SC2317  # called by the trap
+on_signal() {
+    signals=$((signals + 1))
+    if [[ -e $failed ]]; then # srun ends this node because of another one: nothing is to be saved
+        end_tree "$pid"
+        return
+    fi
+    local newest
+    newest=$(tail -n 1 "$COMA_DS_CONTROL/starts")
+    if [[ ${newest%% *} == "${SLURM_RESTART_COUNT:-0}" ]]; then touch "$COMA_DS_CONTROL/stop"; fi
+}
+# shellcheck disable=SC2013,SC2317
+end_tree() { # PID: it and all below it, by SIGKILL
+    local child
+    for child in $(cat "/proc/$1/task/$1/children" 2>/dev/null); do end_tree "$child"; done
+    kill -KILL "$1" 2>/dev/null || true
+}
+trap on_signal USR1 TERM
+
+"${python[@]}" -c "$shield" "${launcher[@]}" "${entry[@]}" </dev/null &
+pid=$!
+while :; do
+    count=$signals launched=0
+    wait "$pid" || launched=$?
+    ((count == signals)) && break
+done
+
+# The launcher's own code is not the truth: deepspeed's is 0 when a signal ended a rank, torchrun's
+# is 1 whatever a rank's was.
+code=0
+"${python[@]}" -m coma_ds.rank_report "$COMA_DS_RANK_REPORTS" $((node * ranks)) "$ranks" \
+    >/dev/null || code=$?
+case $code in
+0 | 85 | 86 | 87) exit 0 ;;
+esac
+echo "${SLURMD_NODENAME:-$(hostname)} ended with $code, its launcher with $launched" >>"$failed"
+exit "$code"

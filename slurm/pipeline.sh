@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=pipeline
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --time=5
+#SBATCH --output=%x-%j.log
+# Submit compress, then match from it, then evaluate; each starts when the one before has succeeded.
+#   slurm/pipeline.sh [SBATCH_OPTION ...] [NAME] [output=FOLDER] [KEY=VALUE ...]
+# NAME stands for the recipes NAME-compress and NAME-match (default: demo), FOLDER (default: the
+# shared folder, then NAME) gets compress/ and match/.  compress:KEY=VALUE and match:KEY=VALUE are
+# for one stage.
+set -euo pipefail
+if [[ ! -f ${BASH_SOURCE[0]%/*}/common.sh ]]; then # a batch script runs from a copy
+    cd "${SLURM_SUBMIT_DIR:?}"
+else
+    cd "${BASH_SOURCE[0]%/*}/.."
+fi
+if [[ -f slurm/site.env ]]; then
+    set -a
+    # shellcheck source=/dev/null
+    source slurm/site.env
+    set +a
+fi
+
+options=() name='' folder='' compress=() match=()
+for word in "$@"; do
+    case $word in
+    -*) options+=("$word") ;;
+    output=*) folder=${word#output=} ;;
+    compress:*=*) compress+=("${word#compress:}") ;;
+    match:*=*) match+=("${word#match:}") ;;
+    *=*) compress+=("$word") match+=("$word") ;;
+    *)
+        if [[ -n $name ]]; then
+            echo "error: '$word': one name of recipes is expected, and there is '$name'" >&2
+            exit 2
+        fi
+        name=$word
+        ;;
+    esac
+done
+name=${name:-demo}
+folder=${folder:-${COMA_SHARED:-$PWD/runs}/$name}
+
+submit() { # DEPENDENCY SCRIPT ARGUMENTS: the number of the job
+    local after=() number
+    if [[ -n $1 ]]; then after=("--dependency=afterok:$1" --kill-on-invalid-dep=yes); fi
+    # shellcheck disable=SC2086  # options, split into words
+    number=$(sbatch --parsable ${COMA_SBATCH:-} "${options[@]}" "${after[@]}" "${@:2}")
+    echo "${number%%;*}"
+}
+
+first=$(submit '' slurm/compress.sh "$name-compress" "output=$folder/compress" "${compress[@]}")
+echo "compress $first -> $folder/compress"
+second=$(submit "$first" slurm/match.sh "$name-match" "output=$folder/match" \
+    "init_from=$folder/compress" "${match[@]}")
+echo "match    $second, after $first -> $folder/match"
+third=$(submit "$second" slurm/evaluate.sh "$folder/match")
+echo "evaluate $third, after $second -> $folder/match/results.json"

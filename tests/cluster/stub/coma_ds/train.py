@@ -1,0 +1,59 @@
+"""Stands for coma_ds/train.py where the batch script is tested: steps that cost nothing.
+
+It keeps the trainer's promises: says what is published, looks for the stop file, reports its code.
+``--how=NAME`` says how it ends, ``--steps=N`` when.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from coma_ds import rank_report
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--how", default="well")
+parser.add_argument("--steps", type=int, default=5)
+options, _ = parser.parse_known_args()
+control = Path(os.environ["COMA_DS_CONTROL"])
+published = control / "published"
+
+
+def end(code: int, message: str = "") -> None:
+    """Report, and end as a rank does that ended as it was asked to."""
+    rank_report.write_report(code, message)
+    os._exit(0 if code in rank_report.AS_ASKED else code)
+
+
+def announce(step: int) -> None:
+    """Say what is published."""
+    partial = published.with_suffix(".tmp")
+    partial.write_text(str(step))
+    partial.replace(published)
+
+
+step = int(published.read_text()) if published.exists() else 0
+announce(step)
+if options.how == "user's error":
+    end(2, "error: unknown key")
+if options.how == "fault":
+    end(1, "error: RuntimeError: at once")
+if options.how == "held":
+    end(87)
+while step < options.steps:
+    if (control / "stop").exists() and options.how != "hang":
+        end(85, "stopped")
+    time.sleep(0.2)
+    step += 1
+    announce(step)
+    if options.how == "fault after a step":
+        end(1, "error: RuntimeError: after a step")
+    if options.how == "newer":
+        with (control / "starts").open("a") as file:
+            file.write("7 0 - -\n")  # the job runs elsewhere
+        end(86)
+sys.stdout.write(f"done in start {os.environ.get('SLURM_RESTART_COUNT', 0)}\n")
+end(0)
