@@ -148,13 +148,16 @@ def build_processing(config: RunConfig) -> tuple[str, Processing]:
     model = config.model
     key = "init_from" if config.init_from else "model.path"
     source = resolve_model(config.init_from or model.path, key)
-    return source, load_processing(
-        source,
-        compression_tokens=model.compression_tokens,
-        min_vision_tokens=model.min_vision_tokens,
-        max_vision_tokens=model.max_vision_tokens,
-        max_length=model.max_length,
-    )
+    try:
+        return source, load_processing(
+            source,
+            compression_tokens=model.compression_tokens,
+            min_vision_tokens=model.min_vision_tokens,
+            max_vision_tokens=model.max_vision_tokens,
+            max_length=model.max_length,
+        )
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def build_objective(config: RunConfig) -> Compress | Match:

@@ -33,7 +33,7 @@ class Looks:
     collated: int  # made into batches, as in training
 
 
-EVERY_RUN, DRY_RUN = Looks(20_000, 500, 8, 64), Looks(10**7, 20_000, 200, 256)
+EVERY_RUN, DRY_RUN = Looks(200_000, 50_000, 8, 64), Looks(10**7, 10**6, 200, 256)
 GENERATED = 2000  # of a built-in source: its rows are drawn, not read
 AT_A_TIME = 16  # questions
 SIDES, SIDES_COLLATED = 200, 8  # queries, and candidates, of each evaluation set
@@ -108,6 +108,11 @@ def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
         if config.data.format == "builtin":
             looks = replace(looks, built=GENERATED)
         longest = _look_at(name, reader, data.collator, looks, bad, tasks)
+        if not thorough and looks.found < len(reader) and config.data.format != "builtin":
+            log.info(
+                "source %s: %d of %d rows were looked at (--dry-run looks at more)",
+                name, looks.found, len(reader),
+            )  # fmt: skip
         if thorough:
             words = "source %s: %d of %d rows looked at, up to %d tokens in a sample"
             log.info(words, name, min(looks.built, len(reader)), len(reader), longest)

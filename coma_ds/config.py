@@ -338,7 +338,7 @@ def load_config(recipe: str | None, overrides: list[str] | None = None) -> RunCo
     """
     known = [k for k in _known_keys(RunConfig)]
     tree: dict = {}
-    if recipe:
+    if recipe is not None:
         tree = read_recipe(recipe)
         _check_keys(tree, known, f"recipe {recipe!r}")
         tree = {"recipe": recipe, **tree}

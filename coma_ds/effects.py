@@ -37,7 +37,7 @@ def _idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     matching = config.objective == "match"
     objective, of_format = f"objective {config.objective!r}", f"data.format {data.format!r}"
     if matching:
-        only_other = ("compress", "eval.path", "eval.bottleneck_questions")
+        only_other = ("compress", "eval.path", "eval.bottleneck_questions", "model.bottleneck")
     else:
         only_other = ("match", "eval.root", "eval.sets", "eval.along")
     yield from ((key, objective) for key in only_other)
@@ -59,6 +59,9 @@ def _idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "model.path", "init_from, which names the model (init_from=null leaves it out)"
     if config.optim.kind == "sgd":
         yield "optim.betas", "optim.kind 'sgd'"
+    if not (ways.every or ways.at_end):
+        for leaf in ("root", "image_root", "sets", "along", "batch_size", "path"):
+            yield f"eval.{leaf}", "eval.at_end=false and eval.every=0: nothing is evaluated"
     if matching and not ways.every:
         yield "eval.along", "eval.every=0: no evaluation on the way"
     asked = ways.root if matching else ways.path

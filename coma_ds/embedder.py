@@ -31,6 +31,16 @@ log = logging.getLogger("coma_ds")
 NEEDED = ("compression_tokens", "pooling", "precision", "max_length")
 
 
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
+    return found
+
+
 class Embedder:
     """A model that coma-ds exported.
 
@@ -76,7 +86,7 @@ class Embedder:
             max_length=extras["max_length"],
         )
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device or default)
+        self.device = _usable(device or default)
         self.precision = precision or extras["precision"]
         self.model, processing = load_finished(
             source, config, precision=self.precision, device=self.device

@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import os
-import socket
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -42,11 +43,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.
 
 def start(timeout_minutes: int | None = None) -> torch.device:
     """Join the world that the launcher described (a world of one without it); the rank's device."""
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        os.environ.update(alone)
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # DeepSpeed wants to see some
     _quiet()
     if timeout_minutes:
         os.environ.setdefault("DEEPSPEED_TIMEOUT", str(timeout_minutes))
@@ -59,7 +59,10 @@ def start(timeout_minutes: int | None = None) -> torch.device:
     else:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    backend = "nccl" if on_gpu else "gloo"
+    if alone and not dist.is_initialized():  # no port, which another process might take
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, verbose=False)
     return device
 
 
@@ -95,12 +98,6 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TOP_PAD, 2**28)
     except (OSError, AttributeError):  # another C library
         log.debug("no mallopt here")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -291,8 +288,11 @@ class _Writer(TorchCheckpointEngine):
         try:
             self.engine.save(state_dict, path)
             self.files.append(Path(path))
-        except (OSError, RuntimeError) as error:
-            self.problems.append(f"{path} cannot be written: {error}")
+        except (OSError, RuntimeError) as error:  # torch does not tell a full disk as such
+            free = shutil.disk_usage(Path(path).parent).free / 2**20
+            self.problems.append(
+                f"{path} cannot be written, {free:.0f} MB are free there ({error})"
+            )
 
 
 def _drop_frozen(module, state: dict, prefix: str, _) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+log = logging.getLogger("coma_ds")
 
 SPEED = (
     "samples_per_second",
@@ -33,6 +36,7 @@ class Monitor:
         self, folder: Path, *, active: bool, tensorboard: bool = True, resume_step: int = 0
     ) -> None:
         self.active = active
+        self._told = False
         self._file = None
         self._board = None
         if not active:
@@ -59,18 +63,25 @@ class Monitor:
         """
         if not self.active:
             return
+        try:
+            self._write(step, values, group, tags)
+        except OSError as error:  # a full disk must not end a run that can go on
+            if not self._told:
+                log.warning("step %d is not in the metrics: %s", step, error)
+            self._told = True
+
+    def _write(self, step, values, group, tags) -> None:
+        values = {name: value for name, value in values.items() if value is not None}
         line = {"step": step, "group": group, "time": round(time.time(), 3)}
+        line |= {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
         for name, value in values.items():
-            if value is None:
-                continue
-            line[name] = value if math.isfinite(value) else str(value)
             tag = f"{group} speed/{name}" if name in SPEED else f"{group}/{name}"
             if tags is not None:
                 tag = tags.get(name)
             if self._board and tag:
                 self._board.add_scalar(tag, value, step)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
 
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Markdown under TensorBoard's text tab."""

@@ -25,6 +25,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key that is a list or a mapping", problem_mark=key.start_mark
+                )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
@@ -78,7 +82,10 @@ def _recipe_text(name: str) -> str:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"recipe file {name!r} does not exist")
-        return path.read_text()
+        try:
+            return path.read_text()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe file {name!r} is not UTF-8 text ({error.reason})") from None
     if name in recipe_names():
         return resources.files("coma_ds.recipes").joinpath(f"{name}.yaml").read_text()
     close = difflib.get_close_matches(name, recipe_names(), 1, 0.4)

@@ -151,6 +151,7 @@ class Collator:
         pictures = iter(side.images)
         texts = IMAGE_MARK.split(side.text)
         images = [self._image(next(pictures), pixels, grids) for _ in texts[1:]]
+        p.check_text(side.text)
         words = [p.encode(text) if text else [] for text in texts]
         room = p.max_length - len(p.compression_ids) - sum(map(len, images))
         if room < 0:
@@ -173,6 +174,7 @@ class Collator:
         p, grids, pixels, context = self.processing, [], [], []
         for picture in dialogue.images:
             context += self._image(picture, pixels, grids)
+        p.check_text(dialogue.instruction)
         if dialogue.instruction:
             context += p.encode(dialogue.instruction)
         room = p.max_length - len(context) - len(p.compression_ids)
@@ -180,6 +182,8 @@ class Collator:
         labels: list[int] = []
         truncated = False
         for number, turn in enumerate(dialogue.turns):
+            p.check_text(turn.question)
+            p.check_text(turn.answer)
             question = p.encode(TURN.format(turn.question))
             answer = [*p.encode(turn.answer), p.turn_end]
             if prompt_only and number == len(dialogue.turns) - 1:

@@ -72,8 +72,9 @@ class Processing:
 
     @cached_property
     def reserved(self) -> list[str]:
-        """The tokens that no text may spell."""
-        return self.tokenizer.convert_ids_to_tokens([self.image_id, *self.compression_ids])
+        """The tokens that no text may spell: they would be read as parts of a sample."""
+        own = [self.image_id, self.vision_start, self.vision_end, self.turn_start, self.turn_end]
+        return self.tokenizer.convert_ids_to_tokens([*own, *self.compression_ids])
 
     def check_text(self, text: str) -> None:
         """Raise ``ValueError`` for a text that ``encode`` would refuse, without cutting it up."""
@@ -114,8 +115,8 @@ def _check_unicode(text: str) -> None:
 
 def _taken(text: str, name: str) -> ValueError:
     return ValueError(
-        f"the text {text[:80]!r} contains {name!r}, which stands for an image or a compression "
-        "token here: take it out of the data"
+        f"the text {text[:80]!r} contains {name!r}, which stands for a part of a sample here (an "
+        "image, a turn, a compression token): take it out of the data"
     )
 
 

@@ -191,6 +191,7 @@ def read_parquet(files: Sequence[str], columns: Iterable[str] | None = None) -> 
         return ArrowTable(_mapped(files, wanted), rows, "row")
     for file in files:
         names = pa.parquet.read_schema(file).names
+        _refuse_twins(file, names)
         kept = None if wanted is None else [name for name in names if name in wanted]
         try:
             tables.append(pa.parquet.read_table(file, columns=kept, partitioning=None))
@@ -273,6 +274,7 @@ def _read_csv(path: str) -> ArrowTable:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             names = next(csv.reader(file), [])
+        _refuse_twins(path, names)
         table = pa.csv.read_csv(
             path,
             read_options=pa.csv.ReadOptions(use_threads=False),
@@ -283,8 +285,15 @@ def _read_csv(path: str) -> ArrowTable:
         )
     except (pa.ArrowException, OSError, UnicodeError, csv.Error) as error:
         reason = bad[0] if bad else _first_line(error)
-        raise ValueError(f"{path}: not readable as CSV ({reason})") from None
+        hint = "; save it as UTF-8" if "utf-8" in reason.lower() else ""
+        raise ValueError(f"{path}: not readable as CSV ({reason}){hint}") from None
     return ArrowTable(table, [(path, table.num_rows)], "record")
+
+
+def _refuse_twins(path: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: two columns are named {name!r}: rename or drop one")
 
 
 def _json_list(path: str) -> bytes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from coma_ds import train
+from coma_ds import checks, train
 from coma_ds.assemble import build_data
 from coma_ds.checks import check_run
 from coma_ds.config import RunConfig, validate
@@ -162,8 +163,9 @@ class TestBadRowsAllowed:
         assert not caplog.messages
 
     @pytest.mark.parametrize(("bad", "enough"), [(10, True), (11, False)])
-    def test_a_share_of_the_images_counts_too(self, tmp_path, bad, enough, caplog):
-        """Of many rows only 500 are searched for their images."""
+    def test_a_share_of_the_images_counts_too(self, tmp_path, bad, enough, caplog, monkeypatch):
+        """Of very many rows only some are searched for their images."""
+        monkeypatch.setattr(checks, "EVERY_RUN", replace(checks.EVERY_RUN, found=500))
         seen = [(row * 4000) // 500 for row in range(500)]
         rows = {f"row_{row}": {"target_image": "none.png"} for row in seen[:bad]}
         write_pairs(tmp_path, 4000, **rows)
@@ -173,6 +175,20 @@ class TestBadRowsAllowed:
             assert f"{bad} of 4000 rows looked at are bad" in caplog.text
         else:
             assert refusal(config).startswith("11 of 500 rows looked at are bad, more than data.b")
+
+    @pytest.mark.parametrize("cells", [{"target_image": "none.png"}, {"query": ""}])
+    def test_no_row_of_a_common_file_is_left_unseen(self, tmp_path, cells):
+        write_pairs(tmp_path, 3001, row_1777=cells)
+        assert refusal(config_of(tmp_path)).startswith(f"{tmp_path}/pairs.jsonl line 1778: ")
+
+    def test_a_run_says_how_much_of_a_large_file_it_saw(self, tmp_path, caplog, monkeypatch):
+        caplog.set_level(logging.INFO, logger="coma_ds")
+        monkeypatch.setattr(checks, "EVERY_RUN", replace(checks.EVERY_RUN, found=5))
+        write_pairs(tmp_path, 40)
+        look(config_of(tmp_path))
+        assert caplog.messages == [
+            "source pairs.jsonl: 5 of 40 rows were looked at (--dry-run looks at more)"
+        ]
 
     def test_a_task_of_good_rows_is_known(self, tmp_path):
         write_pairs(tmp_path, 40, row_1={"query": "", "task": "lost"}, row_2={"task": "mine"})
@@ -353,7 +369,9 @@ class TestTrain:
         write_pairs(tmp_path, 300, row_1={"query": "say <|image_pad|>"})
         with pytest.raises(ValueError, match=r"pairs\.jsonl line 2: the text 'say <\|image_pad"):
             train.main([*self.argv(tmp_path), *dry])
-        kept = [p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock"]
+        kept = [
+            p.name for p in (tmp_path / "run").iterdir() if p.name not in (".lock", ".owner.json")
+        ]
         assert kept == ["config.yaml"]
         assert (tmp_path / "run" / "config.yaml").read_text() == "before"
 

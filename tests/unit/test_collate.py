@@ -183,15 +183,20 @@ def test_an_empty_side_is_an_error(collator) -> None:
         collator.sides([Side("a"), Side("")])
 
 
-@pytest.mark.parametrize("name", ["<|image_pad|>", "<|compress_0|>", "<|compress_7|>"])
+SPELT = ["<|image_pad|>", "<|compress_0|>", "<|compress_7|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", [*SPELT, "<|vision_start|>", "<|vision_end|>"])
 def test_a_text_cannot_spell_our_tokens(name, collator) -> None:
-    message = "contains '.*', which stands for an image or a compression token here"
+    message = "contains '.*', which stands for a part of a sample here"
     for text in (f"say {name}", f"say {name} " + "very long " * 30):
         for _ in range(2):  # refused texts are not remembered
             with pytest.raises(ValueError, match=message):
                 collator.sides([Side(text)])
         with pytest.raises(ValueError, match=message):
             collator([Dialogue((), (Turn("q", text),))])
+        with pytest.raises(ValueError, match=message):
+            collator([Dialogue((), (Turn("q", "a"), Turn(text, "a")))])
         with pytest.raises(ValueError, match=message):
             collator([Dialogue((), (Turn("q", "a"),), instruction=text)])
 

@@ -259,6 +259,32 @@ def test_any_values_survive_the_file(lr, seed, sources) -> None:
     assert RunConfig.model_validate(yaml.safe_load(dump(config))) == config
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b"? [a]\n: 1\n", "is not YAML: an error in line 1 (a key that is a list or a mapping)"),
+        (b"{a}: 1\n", "is not YAML: an error in line 1 (a key that is a list or a mapping)"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+    ],
+)
+def test_a_recipe_that_is_no_plain_yaml(tmp_path, text, said) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(text)
+    with pytest.raises(ValueError) as caught:
+        load_config(str(file))
+    assert str(file) in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["output={{run}}", "optim={{a}: 1}"])
+def test_an_override_that_is_no_plain_yaml(override) -> None:
+    assert fails(override).startswith(f"override {override!r}: the value is not YAML (a key that")
+
+
+def test_an_empty_recipe_name() -> None:
+    with pytest.raises(ValueError, match="recipe ''"):
+        load_config("")
+
+
 def test_reading_a_recipe_keeps_no_state() -> None:
     first, second = read_recipe("qwen2_5_vl_3b-control"), read_recipe("qwen2_5_vl_3b-control")
     assert first == second and "base" not in first
@@ -283,6 +309,7 @@ def test_reading_a_recipe_keeps_no_state() -> None:
         ("demo-match", "model.path=x", "init_from, which names the model"),
         ("demo-match", "model.path=builtin:demo-base", "init_from, which names the model"),
         ("demo-control", "data.turns=[3,5]", "objective 'match'"),
+        ("demo-control", "model.bottleneck=last_hidden", "objective 'match'"),
         ("demo-control", "eval.image_root=/images", "eval.root left out"),
         ("demo-compress", "eval.along=[a]", "objective 'compress'"),
         ("demo-compress", "eval.image_root=/images", "eval.path left out"),
@@ -318,6 +345,7 @@ def test_a_key_of_another_format_is_refused(overrides) -> None:
         ("demo-compress", ["compress.visible=true", "model.bottleneck=kv"], "model.bottleneck"),
         ("demo-compress", ["optim.kind=sgd", "optim.betas=[0.8,0.9]"], "optim.betas"),
         ("demo-control", ["eval.every=0", "eval.along=[i2i/seen]"], "eval.along"),
+        ("demo-control", ["eval.every=0", "eval.at_end=no", "eval.batch_size=7"], "eval.batch_"),
         ("demo-control", ["data.format=pairs", "data.path=x", "eval.sets=[a]"], "eval.sets"),
         ("demo-control", ["data.format=pairs", "data.path=x", "data.sub_batch=4"], "data.sub_"),
     ],

@@ -160,6 +160,15 @@ class TestEncode:
         assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
         assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
+    @pytest.mark.parametrize("device", ["cuda:77", "foo"])
+    def test_a_device_that_is_not_there(self, model_folder, tmp_path, capsys, device):
+        (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+        argv = ["encode", str(model_folder), "--input", str(tmp_path / "rows.jsonl")]
+        assert run([*argv, "--output", str(tmp_path / "out.npy"), "--device", device]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: device '{device}' cannot be used here: ")
+        assert err.count("\n") == 1
+
     def test_wrong_places(self, model_folder, tmp_path, capsys):
         argv = ["encode", str(model_folder), "--input", "none.jsonl", "--output"]
         assert run([*argv, "out.txt"]) == 2

@@ -6,6 +6,7 @@ That the loss is right under DeepSpeed at W = 1, 2, 4: tests/distributed/test_ex
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +146,23 @@ def test_each_option_is_its_definition_and_changes_the_loss(name):
     assert report["loss"] == pytest.approx(float(found), rel=1e-6)
     plain, _ = Match(MatchConfig(temperature=0.3)).loss(emb, None, batch)
     assert abs(float(found) - float(plain)) > 1e-3
+
+
+@pytest.mark.parametrize("same", [(10, 0), (12, 1), (13, 7), (14, 11)])
+def test_what_equals_a_hard_negative_does_not_compete(same):
+    """A negative (from 10 on) with the content of a query, of a target, of another negative."""
+    batch = make_batch([{"text": 2}] * 15, pairs=5, negative_counts=[1] * 5, tasks=list("aaaaa"))
+    ids_B = batch.content_ids_B.clone()
+    ids_B[same[0]] = ids_B[same[1]]
+    alike = replace(batch, content_ids_B=ids_B)
+    noise = torch.Generator().manual_seed(1)
+    emb = torch.nn.functional.normalize(torch.randn(15, 8, generator=noise), dim=1)
+    config = MatchConfig(temperature=0.3)
+    found, _ = Match(config).loss(emb, None, alike)
+    assert float(found) == pytest.approx(float(whole_loss([emb], [alike], config, None)), rel=1e-6)
+    plain, _ = Match(config).loss(emb, None, batch)
+    changes = same[1] < 10  # two equal negatives are both negatives
+    assert (abs(float(found) - float(plain)) > 1e-4) == changes
 
 
 def test_rounded_embeddings_give_nearly_the_same_loss():

@@ -11,7 +11,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coma_ds import run as run_module
-from coma_ds.config import RunConfig
+from coma_ds.config import GuardConfig, RunConfig
+from coma_ds.data.replacements import Replacements
+from coma_ds.guard import Guard
+from coma_ds.manifest import Manifest, write_manifest
 from coma_ds.metrics import Monitor, flatten
 
 
@@ -120,10 +123,11 @@ def test_the_step_of_a_checkpoint_is_kept(tmp_path, monkeypatch) -> None:
     first.close()
     checkpoint = tmp_path / "checkpoints" / "step-00000004"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "clock.json").write_text('{"seconds": 12.5}')
-    (checkpoint / "manifest.json").write_text('{"step": 4, "files": {}}')
+    remembered = {"guard": Guard(GuardConfig(), None), "replaced_rows": Replacements(0.0)}
+    state = {"seconds": 12.5} | {name: part.state() for name, part in remembered.items()}
+    (checkpoint / "run.json").write_text(json.dumps(state))
+    write_manifest(checkpoint, Manifest(step=4, world=1, stage=3, files={}))
     monkeypatch.setattr(run_module, "log_to_stderr", lambda main: None)
-    monkeypatch.setattr(run_module, "find_checkpoint", lambda *_: checkpoint)
     monkeypatch.setattr(run_module, "load_checkpoint", lambda *_: 4)
     config = RunConfig.model_validate({"output": str(tmp_path), "logging": {"tensorboard": False}})
     run = run_module.Run(config)
@@ -131,6 +135,15 @@ def test_the_step_of_a_checkpoint_is_kept(tmp_path, monkeypatch) -> None:
     run.monitor.close()
     found = [(line["step"], line["group"]) for line in lines(tmp_path)]
     assert found == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "eval")]
+
+
+def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog) -> None:
+    watch = monitor(tmp_path, tensorboard=False)
+    watch._file = open("/dev/full", "w")
+    for step in (1, 2):
+        watch.scalars(step, {"loss": 1.0})
+    told = [line for line in caplog.messages if "is not in the metrics" in line]
+    assert told == ["step 1 is not in the metrics: [Errno 28] No space left on device"]
 
 
 def test_another_rank_writes_nothing(tmp_path) -> None:

@@ -241,8 +241,19 @@ def test_bad_files(root: Path) -> None:
     with pytest.raises(ValueError, match=r"CSV \(record 1 has 1 cells, expected 2: 'c'\)"):
         PairFile(root / "bad.csv")
     (root / "bad.csv").write_bytes(b"query,target\na,\xff\n")
-    with pytest.raises(ValueError, match=r"bad\.csv: not readable as CSV \(.*utf-8"):
+    with pytest.raises(
+        ValueError, match=r"bad\.csv: not readable as CSV \(.*utf-8.*save it as UTF"
+    ):
         PairFile(root / "bad.csv")
+    (root / "bad.csv").write_text("query,query,target\na,b,c\n")
+    with pytest.raises(
+        ValueError, match=r"bad\.csv: two columns are named 'query': rename or drop"
+    ):
+        PairFile(root / "bad.csv")
+    twins = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["query", "target", "target"])
+    pa.parquet.write_table(twins, root / "twins.parquet")
+    with pytest.raises(ValueError, match=r"twins\.parquet: two columns are named 'target'"):
+        PairFile(root / "twins.parquet")
     (root / "bad.csv").write_text("query,target\n")
     with pytest.raises(ValueError, match=r"bad\.csv: the file holds no rows"):
         PairFile(root / "bad.csv")

@@ -11,7 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from coma_ds.config import RunConfig, dump, load_config
+from coma_ds.config import GuardConfig, RunConfig, dump, load_config
+from coma_ds.data.replacements import Replacements
+from coma_ds.guard import Guard
+from coma_ds.manifest import Manifest, write_manifest
 from coma_ds.run import Run
 from coma_ds.run_folder import changed, check_same, claim, start_over
 
@@ -35,9 +38,10 @@ def put_checkpoint(folder: Path, step: int, config: RunConfig | None) -> Path:
     """A published checkpoint of one rank without shards."""
     path = folder / "checkpoints" / f"step-{step:08d}"
     path.mkdir(parents=True)
-    manifest = {"step": step, "world": 1, "stage": 0, "files": {}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    (path / "clock.json").write_text('{"seconds": 5.0}')
+    write_manifest(path, Manifest(step=step, world=1, stage=0, files={}))
+    remembered = {"guard": Guard(GuardConfig(), None), "replaced_rows": Replacements(0.0)}
+    state = {"seconds": 5.0} | {name: part.state() for name, part in remembered.items()}
+    (path / "run.json").write_text(json.dumps(state))
     if config is not None:
         (path / "config.yaml").write_text(dump(config))
     return path
@@ -283,6 +287,9 @@ class Shards:
 
     def load(self, folder: Path, tag: str) -> None:
         self.loaded.append((folder, tag))
+
+    def frozen_weights(self) -> dict:
+        return {}
 
 
 @pytest.fixture

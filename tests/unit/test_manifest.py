@@ -1,0 +1,146 @@
+"""Checkpoints as files: whole or not, kept or not, removed without a half in sight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coma_ds.manifest import (
+    Manifest,
+    digest,
+    problems,
+    published,
+    read_manifest,
+    remove,
+    remove_remains,
+    step_name,
+    surplus,
+    write_atomically,
+    write_manifest,
+)
+
+
+def put(folder: Path, step: int, metric: float | None = None, content: bytes = b"abc") -> Path:
+    path = folder / step_name(step)
+    path.mkdir(parents=True)
+    (path / "one.pt").write_bytes(content)
+    (path / "two.pt").write_bytes(content[::-1])
+    files = {p.name: (p.stat().st_size, digest(p)) for p in path.iterdir()}
+    write_manifest(path, Manifest(step, 2, 3, files, {"parameters": 7}, metric))
+    return path
+
+
+def test_a_manifest_comes_back(tmp_path):
+    path = put(tmp_path, 3, 0.5)
+    found = read_manifest(path)
+    assert (found.step, found.world, found.stage, found.metric) == (3, 2, 3, 0.5)
+    assert found.frozen == {"parameters": 7} and set(found.files) == {"one.pt", "two.pt"}
+    assert problems(path) == [] == problems(path, 0, 2) == problems(path, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["one.pt", "two.pt"])
+def test_a_flipped_bit_is_found_by_the_rank_that_looks(tmp_path, name):
+    path = put(tmp_path, 3)
+    content = bytearray((path / name).read_bytes())
+    content[1] ^= 4
+    (path / name).write_bytes(content)
+    assert read_manifest(path)  # sizes are right
+    assert problems(path) == [f"checkpoint {path}: {name} is not what was written"]
+    share = ["one.pt", "two.pt"].index(name)
+    assert problems(path, share, 2) and not problems(path, 1 - share, 2)
+
+
+def test_what_else_can_be_wrong(tmp_path):
+    path = put(tmp_path, 3)
+    (path / "one.pt").write_bytes(b"ab")
+    assert problems(path) == [f"checkpoint {path}: one.pt is missing or not 3 bytes long"]
+    (path / "one.pt").unlink()
+    assert "one.pt is missing" in problems(path)[0]
+    for text in ("{", "[]", '{"step": 1}', '{"other": 2}'):
+        (path / "manifest.json").write_text(text)
+        assert "no readable manifest.json" in problems(path)[0], text
+    (path / "manifest.json").unlink()
+    assert "no readable manifest.json" in problems(path)[0]
+    assert "no readable manifest.json" in problems(tmp_path / "nowhere")[0]
+
+
+class TestSurplus:
+    def names(self, folder: Path, **keep) -> list[int]:
+        keep = {"keep_last": 2, "keep_every": 0} | keep
+        return sorted(int(p.name[5:]) for p in surplus(folder, **keep))
+
+    def test_the_last_ones_stay(self, tmp_path):
+        for step in (10, 20, 30, 40):
+            put(tmp_path, step)
+        assert self.names(tmp_path) == [10, 20]
+        assert self.names(tmp_path, keep_last=1) == [10, 20, 30]
+        assert self.names(tmp_path, keep_last=0) == []
+        assert self.names(tmp_path, keep_every=20) == [10]
+
+    def test_the_best_one_stays(self, tmp_path):
+        for step, metric in ((10, 0.1), (20, 0.9), (30, None), (40, 0.4), (50, None)):
+            put(tmp_path, step, metric)
+        assert self.names(tmp_path) == [10, 30]
+
+    def test_a_broken_one_is_no_reason_to_remove_a_good_one(self, tmp_path):
+        for step in (10, 20, 30):
+            put(tmp_path, step)
+        for step in (20, 30):
+            (tmp_path / step_name(step) / "one.pt").unlink()
+        assert self.names(tmp_path, keep_last=1) == []
+        assert [p.name for p in published(tmp_path)] == [step_name(s) for s in (30, 20, 10)]
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        steps=st.lists(st.integers(1, 40), unique=True, min_size=1, max_size=8),
+        data=st.data(),
+        last=st.integers(0, 4),
+        every=st.integers(0, 5),
+    )
+    def test_never_the_newest_or_the_best(self, tmp_path_factory, steps, data, last, every):
+        folder = tmp_path_factory.mktemp("run")
+        metrics = {s: data.draw(st.one_of(st.none(), st.floats(0, 1))) for s in steps}
+        for step in steps:
+            put(folder, step, metrics[step])
+        gone = set(self.names(folder, keep_last=last, keep_every=every))
+        assert max(steps) not in gone
+        measured = [s for s in steps if metrics[s] is not None]
+        if measured:
+            top = max(metrics[s] for s in measured)
+            assert any(metrics[s] == top and s not in gone for s in measured)
+        assert len(steps) - len(gone) >= min(len(steps), last)
+
+
+def test_a_removal_that_is_cut_off_leaves_no_half(tmp_path, monkeypatch):
+    path, calls = put(tmp_path, 3), []
+
+    def dies(place, **_):
+        calls.append(place)
+        if len(calls) == 2:  # the removal itself, after the rest of an earlier one
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr("coma_ds.manifest.shutil.rmtree", dies)
+        remove(path)
+    assert published(tmp_path) == []
+    assert [p.name for p in tmp_path.iterdir()] == [f"deleting-{step_name(3)}"]
+    (tmp_path / "staging-step-00000009").mkdir()
+    put(tmp_path, 4)
+    remove_remains(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [step_name(4)]
+
+
+def test_a_text_is_replaced_as_a_whole(tmp_path):
+    file = tmp_path / "latest"
+    write_atomically(file, "one")
+    write_atomically(file, "two")
+    assert file.read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
+def test_the_manifest_is_plain_json(tmp_path):
+    tree = json.loads((put(tmp_path, 3) / "manifest.json").read_text())
+    assert tree["files"]["one.pt"] == [3, digest(tmp_path / step_name(3) / "one.pt")]
