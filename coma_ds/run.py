@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import resource
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -42,11 +40,11 @@ from coma_ds.ownership import owns
 from coma_ds.report import describe_run
 from coma_ds.run_folder import CONFIG, check_same, claim, start_over
 from coma_ds.stopping import CONTROL, Request, Requests, Stopped
+from coma_ds.versions import versions
 
 log = logging.getLogger("coma_ds")
 
 STATE = "run.json"  # in a checkpoint: what the run itself remembers
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "triton", "flash-attn")
 # Settings that make no difference between the results of two runs.
 UNCOMPARED = {
     **dict.fromkeys(("output", "eval", "checkpoint", "logging"), True),
@@ -346,17 +344,6 @@ def memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def versions() -> str:
-    """Python and the packages that decide a result, one a line."""
-    lines = [f"python {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            lines.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            lines.append(f"{name} -")
-    return "\n".join(lines) + "\n"
 
 
 def log_to_stderr(main: bool) -> None:

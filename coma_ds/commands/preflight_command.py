@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -12,11 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from coma_ds.versions import package_versions, versions
 
 if TYPE_CHECKING:
     from coma_ds.config import RunConfig
@@ -27,7 +31,6 @@ examples:
   coma-ds preflight --recipe demo-compress
   srun --ntasks-per-node=1 coma-ds preflight --recipe qwen2_5_vl_3b-match output=/shared/run"""
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "triton", "flash-attn")
 ROWS, OPENED = 100, 4  # of each source: images found, and decoded
 GIB = 2**30
 
@@ -136,7 +139,7 @@ def look(place: Place, config: RunConfig, deadline: float) -> str | None:
     except ValueError as error:
         problem = str(error)
     try:
-        mine = Facts(place.name, commit(), code_digest(), versions(), problem)
+        mine = Facts(place.name, commit(), code_digest(), package_versions(), problem)
         leave(folder, place, mine)
         if problem:
             raise ValueError(problem)
@@ -200,17 +203,6 @@ def code_digest() -> str:
     for path in sorted(p for kind in ("py", "yaml") for p in package.rglob(f"*.{kind}")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that decide a result; ``-`` for one that is not there."""
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "-"
-    return found
 
 
 def leave(folder: Path, place: Place, facts: Facts) -> None:
@@ -353,21 +345,33 @@ def all_reduce(place: Place, deadline: float) -> float:
 
 
 def check_data(config: RunConfig) -> None:
-    """Raise ``ValueError`` when a sample of the training data or its images is not here."""
-    from coma_ds.assemble import build_sources
-    from coma_ds.data.images import check_sample
+    """Raise ``ValueError`` when a sample of the training data or its images is not here.
 
-    for reader in build_sources(config).values():
-        check_sample(reader, rows=ROWS, opened=OPENED)
+    Where the config allows bad rows, more than that share of the sample.
+    """
+    from coma_ds.assemble import build_sources
+    from coma_ds.checks import BadRows
+
+    bad = BadRows(config.data.bad_rows)
+    for name, reader in build_sources(config).items():
+        count = min(ROWS, len(reader))
+        rows = [number * len(reader) // count for number in range(count)]
+        bad.look(name, rows, partial(_check_row, reader, set(rows[:: max(1, count // OPENED)])))
+    logging.getLogger("coma_ds").setLevel(logging.ERROR)  # the trainer warns of the others
+    bad.judge()
+
+
+def _check_row(reader: Sequence, decoded: set[int], row: int) -> None:
+    from coma_ds.data.images import check_pictures
+
+    check_pictures(reader[row], decoded=row in decoded)
 
 
 def record(place: Place, config: RunConfig, facts: Facts) -> None:
     """Leave versions and the DeepSpeed config in the job's folder, once a job."""
-    lines = [f"{name} {version}\n" for name, version in facts.versions.items()]
-    lines.append(f"code {facts.code}\n")
-    (place.control / "versions.txt").write_text("".join(lines))
+    (place.control / "versions.txt").write_text(f"{versions()}code {facts.code}\n")
     target = place.control / "ds_config.json"
     if not target.exists():
-        from coma_ds.engine import deepspeed_config
+        from coma_ds.mechanics import deepspeed_config
 
         target.write_text(f"{json.dumps(deepspeed_config(config), indent=2)}\n")

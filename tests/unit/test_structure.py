@@ -20,7 +20,7 @@ PACKAGE, KERNELS = ROOT / "coma_ds", ROOT / "kernels"
 # The floor of each part (design.md): a part imports from its own floor and from those below.
 FLOORS = {
     "kernels": 0,
-    **dict.fromkeys(("batch", "comm", "config", "effects", "entry", "rank_report"), 1),
+    **dict.fromkeys(("batch", "comm", "config", "effects", "entry", "rank_report", "versions"), 1),
     **dict.fromkeys(("manifest", "ownership", "stopping", "guard"), 1),
     **dict.fromkeys(("data", "model", "evaluation", "optim", "metrics"), 2),
     **dict.fromkeys(("inference", "embedder", "bulk", "displays", "assessment"), 2),
