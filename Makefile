@@ -5,13 +5,14 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-long demo-base test lint clean
+.PHONY: help setup demo demo-long demo-base test test-cluster lint clean
 
 help:
 	@echo 'make demo       compress, then match, on the built-in pictures (10 minutes on 2 cores)'
 	@echo 'make demo-long  the same with more steps (an hour)'
 	@echo 'make demo-base  train the model that the demo starts from again (hours)'
 	@echo 'make test       linter and tests (12 minutes on 2 cores)'
+	@echo 'make test-cluster  those on a SLURM of virtual nodes alone (needs root; installs SLURM)'
 	@echo 'make lint       linter only'
 	@echo 'make clean      remove build products and caches; runs/ and $(VENV) stay'
 
@@ -41,7 +42,13 @@ lint: $(STAMP)
 	@$(PY) -m ruff check .
 
 test: lint
-	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/cluster
+	@$(PY) -m pytest tests/cluster
+
+# As in .ci/run: there a test of the cluster that is skipped has failed.
+test-cluster: export COMA_REQUIRE_CLUSTER = 1
+test-cluster: $(STAMP)
+	@$(PY) -m pytest tests/cluster
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

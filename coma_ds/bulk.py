@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from coma_ds import comm
+from coma_ds.data.collate import named
 from coma_ds.data.images import as_picture
 from coma_ds.data.pairs import compose_side
 from coma_ds.data.records import Picture, Side
@@ -85,6 +86,10 @@ class InputRows:
         if not pictures and not (text or "").strip():
             raise ValueError(f"{where} is empty: it has neither text nor an image")
         return compose_side(text or "", pictures, where), self._id(cells, where)
+
+    def where(self, row: int) -> str:
+        """File and row, for messages."""
+        return self._table.where(row)
 
     def _pictures(self, cell: Any, where: str) -> Iterator[Picture]:
         if self._csv and isinstance(cell, str) and cell.startswith("["):
@@ -158,6 +163,9 @@ def encode_file(
         for start in range(0, len(rows), part):
             stop = min(start + part, len(rows))
             sides, ids = zip(*(rows[row] for row in range(start, stop)))
+            for row, side in zip(range(start, stop), sides):
+                with named(rows.where(row)):
+                    embedder.collator.processing.check_text(side.text)
             emb_NE = embedder.encode_sides(
                 sides, batch_size=batch_size, workers=workers, shared=comm.world_size() > 1
             )

@@ -159,7 +159,7 @@ class MatchConfig(Section):
     query_negatives: bool = False  # the other queries compete too
     target_negatives: bool = False  # as do the other targets as seen from the positive
     symmetric: bool = False  # and from targets to queries, half and half
-    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] = ()  # widths that are trained as well
+    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] = ()  # widths trained beside the full one
     matryoshka_weights: tuple[Annotated[float, Field(gt=0)], ...] = ()  # one each; empty: all 1
     loss_dtype: Literal["fp32", "bf16"] = "fp32"  # what embeddings are rounded to in the loss
 

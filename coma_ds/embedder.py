@@ -125,8 +125,12 @@ class Embedder:
                 empty or of the wrong type, an image that cannot be read; named by its number;
                 a width out of range.
         """
-        if width is not None and not 0 < width <= self.width:
-            raise ValueError(f"width is {width}, the model's vectors have {self.width} numbers")
+        whole = isinstance(width, int) and not isinstance(width, bool)
+        if width is not None and not (whole and 0 < width <= self.width):
+            raise ValueError(
+                f"width is {width!r}, expected a whole number from 1 to {self.width}, the numbers "
+                "of the model's vectors"
+            )
         sides = build_sides(texts, images)
         emb_NE = self.encode_sides(sides, batch_size=batch_size, workers=workers)
         return emb_NE if width is None else shortened(torch.from_numpy(emb_NE), width).numpy()

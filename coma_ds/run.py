@@ -346,11 +346,16 @@ def memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+class _BesideTheBar(logging.Handler):
+    """Bare lines on stderr, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def log_to_stderr(main: bool) -> None:
     """The package's log on stderr, bare lines; of other ranks than ``main`` errors only."""
     log.handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    log.addHandler(_BesideTheBar())
     log.setLevel(logging.INFO if main else logging.ERROR)
     log.propagate = False

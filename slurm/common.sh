@@ -162,7 +162,7 @@ seconds_left() {
 }
 on_usr1() {
     signals=$((signals + 1))
-    ask_to_stop 'the end of the time is near'
+    ask_to_stop 'SLURM warns of the end (time limit or pre-emption)'
     if [[ -z $timer ]]; then
         local lead=$COMA_DS_LEAD_SECONDS left
         left=$(seconds_left) && ((left < lead)) && lead=$left

@@ -28,10 +28,10 @@ def whole_loss(
     tau_N = torch.stack(
         [temperature_T[places.get(task, 0)] for b in batches for task in b.task_ids_N.tolist()]
     )
-    widths = config.matryoshka or (sides[0].shape[1],)
-    weights = config.matryoshka_weights or (1.0,) * len(widths)
+    weighted = dict(zip(config.matryoshka, config.matryoshka_weights or [1.0] * 99))
+    weighted.setdefault(sides[0].shape[1], 1.0)  # the whole embedding is always trained
     total = 0.0
-    for width, weight in zip(widths, weights):
+    for width, weight in weighted.items():
         cut = [F.normalize(rows[:, :width], dim=-1) for rows in sides]
         loss = _one_way(cut, batches, config, tau_N).mean()
         if config.symmetric:

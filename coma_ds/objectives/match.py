@@ -68,7 +68,8 @@ class Match:
         }
         call = symmetric_info_nce if config.symmetric else info_nce
         if config.matryoshka:
-            call = matryoshka(call, config.matryoshka, config.matryoshka_weights or None)
+            widths, weights = all_widths(config, emb_SE.shape[1])
+            call = matryoshka(call, widths, weights)
         if call is info_nce:
             loss, sums = info_nce(query_NE, target_ME, **arguments, **options, statistics=True)
         else:
@@ -159,6 +160,18 @@ class Match:
             "masked_negatives": of["masked"],
             "in_batch_accuracy": of["accuracy"],
         }
+
+
+def all_widths(config: MatchConfig, full: int) -> tuple[list[int], list[float]]:
+    """The widths that are trained, with their weights: those of the config, and the full one.
+
+    Where the config does not list the full width, that counts once.
+    """
+    widths, weights = [*config.matryoshka], [*config.matryoshka_weights]
+    weights = weights or [1.0] * len(widths)
+    if not widths or widths[-1] != full:
+        widths, weights = [*widths, full], [*weights, 1.0]
+    return widths, weights
 
 
 def _slots(counts_N: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[int, int]]:

@@ -85,7 +85,9 @@ def test_time_limit_and_killed_worker_under_deepspeed(jobs, undisturbed):
     """The warning comes between 10 and 40 s after the start: the run is held until it does."""
     more = NO_PREFLIGHT | {"COMA_LAUNCHER": "deepspeed", "COMA_DS_LEAD_SECONDS": "50"}
     job = jobs.submit("limited", "--time=1", "--signal=B:USR1@50", **more)
-    warning = "job: the end of the time is near: asked the ranks to save and stop"
+    warning = (
+        "job: SLURM warns of the end (time limit or pre-emption): asked the ranks to save and stop"
+    )
     wait_for(lambda: job.losses() or warning in job.log, 90, "a step", log=lambda: job.log)
     if warning not in job.log:
         job.signal_rank("node2", signal.SIGSTOP)

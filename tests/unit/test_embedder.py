@@ -77,7 +77,9 @@ def test_shorter_vectors(finished):
     want = whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True)
     assert np.abs(short - want).max() <= 1e-6
     for width in (0, 65):
-        with pytest.raises(ValueError, match=f"width is {width}, the model's vectors have 64"):
+        with pytest.raises(
+            ValueError, match=f"width is {width!r}, expected a whole number from 1 to 64"
+        ):
             embedder.encode(TEXTS, IMAGES, width=width)
 
 

@@ -147,6 +147,8 @@ class TestEncode:
              "rows.jsonl line 2: id is 'x', expected a whole number as above it"),
             (['{"text": "a"}', '{"text": "b", "id": "x"}', '{"text": "c", "id": true}'], [],
              "rows.jsonl line 3: id is True, expected a text as above it"),
+            (['{"text": "a"}', '{"text": "b <|im_end|>"}'], [],
+             "rows.jsonl line 2: the text 'b <|im_end|>' contains '<|im_end|>'"),
             (['{"text": "<|image_1|>"}'], [], "rows.jsonl line 1: the text has the image marks"),
         ],
     )  # fmt: skip

@@ -18,7 +18,7 @@ from coma_ds.data.pairs import PairFile
 from coma_ds.data.records import Pair, Side
 from coma_ds.model.embedder import Temperature
 from coma_ds.model.pooling import Pooling
-from coma_ds.objectives.match import Match
+from coma_ds.objectives.match import Match, all_widths
 from coma_ds.report import describe_loss
 from tests.definition import whole_loss
 from tests.folders import base_folder, load
@@ -129,6 +129,8 @@ OPTIONS = {
     "targets": {"target_negatives": True},
     "symmetric": {"symmetric": True},
     "widths": {"matryoshka": [4, 8]},
+    "narrow widths": {"matryoshka": [2, 4]},  # and the full one, which is not listed
+    "weighted narrow width": {"matryoshka": [4], "matryoshka_weights": [0.25]},
     "weighted widths": {"matryoshka": [4, 8], "matryoshka_weights": [0.25, 3.0]},
 }
 
@@ -163,6 +165,19 @@ def test_what_equals_a_hard_negative_does_not_compete(same):
     plain, _ = Match(config).loss(emb, None, batch)
     changes = same[1] < 10  # two equal negatives are both negatives
     assert (abs(float(found) - float(plain)) > 1e-4) == changes
+
+
+@pytest.mark.parametrize(
+    ("given", "widths", "weights"),
+    [
+        ({"matryoshka": [4, 8]}, [4, 8], [1.0, 1.0]),
+        ({"matryoshka": [4]}, [4, 8], [1.0, 1.0]),
+        ({"matryoshka": [2, 4], "matryoshka_weights": [3, 0.5]}, [2, 4, 8], [3.0, 0.5, 1.0]),
+        ({"matryoshka": [4, 8], "matryoshka_weights": [3, 0.5]}, [4, 8], [3.0, 0.5]),
+    ],
+)
+def test_the_full_width_is_always_trained(given, widths, weights):
+    assert all_widths(MatchConfig(**given), 8) == (widths, weights)
 
 
 def test_rounded_embeddings_give_nearly_the_same_loss():
