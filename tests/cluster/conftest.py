@@ -13,15 +13,22 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.jobs import Jobs
-from tests.cluster.virtual import PACKAGES, VirtualCluster, install, missing_programs
+from tests.cluster.virtual import (
+    PACKAGES,
+    VirtualCluster,
+    install,
+    missing_programs,
+    missing_rights,
+)
 
 REQUIRED = os.environ.get("COMA_REQUIRE_CLUSTER") == "1"
 
 
+skipped: list[str] = []  # why, for the end of the report
+
+
 def unavailable() -> str:
     """Why there can be no cluster here; empty when there can."""
-    if os.geteuid() != 0:
-        return "a virtual SLURM needs root"
     if missing := missing_programs():
         if not REQUIRED:
             return (
@@ -29,7 +36,12 @@ def unavailable() -> str:
                 f"{' '.join(PACKAGES)}, or COMA_REQUIRE_CLUSTER=1"
             )
         install()
-    return ""
+    return missing_rights()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if skipped:
+        terminalreporter.write_line(f"tests/cluster: {skipped[0]}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -45,6 +57,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def cluster() -> Iterator[VirtualCluster]:
     """Two nodes, for all tests."""
     if reason := unavailable():
+        skipped.append(reason)
         pytest.skip(reason)
     with VirtualCluster(2) as cluster:
         yield cluster

@@ -29,6 +29,18 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
+def missing_rights() -> str:
+    """What this process may not do that a virtual cluster needs; empty when it may."""
+    if os.geteuid() != 0:
+        return "a virtual SLURM needs root"
+    make = "ip link add bridge0 type bridge && ip link add one type veth peer name two"
+    spaces = ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--mount-proc"]
+    done = subprocess.run([*spaces, "sh", "-c", make], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        return f"a virtual SLURM needs namespaces and bridges: {done.stderr.strip()}"
+    return ""
+
+
 def install() -> None:
     """Install SLURM with apt.  Raises ``RuntimeError`` with apt's words when that fails."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
