@@ -1,0 +1,151 @@
+"""Publishing, with an engine that writes two small files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coma_ds.checkpoint import Checkpoints, convert, load_checkpoint
+from coma_ds.config import CheckpointConfig
+from coma_ds.manifest import problems, published, read_manifest
+
+
+class Shards:
+    """An engine as far as checkpoints look at it."""
+
+    stage = 3
+
+    def __init__(self, *, failing: str = "", frozen: str = "f") -> None:
+        self.failing, self.frozen = failing, frozen
+        self.loaded: list[str] = []
+
+    def save(self, folder: Path, tag: str) -> tuple[list[Path], list[str]]:
+        files = [folder / tag / name for name in ("a.pt", "b.pt")]
+        for file in files:
+            file.write_text(f"{tag} {file.name}")
+        return files, [self.failing] if self.failing else []
+
+    def load(self, folder: Path, tag: str) -> None:
+        self.loaded.append(tag)
+
+    def frozen_weights(self) -> dict:
+        return {"parameters": 3, "fingerprint": self.frozen}
+
+
+@pytest.fixture
+def told() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path, told) -> Checkpoints:
+    return Checkpoints(tmp_path / "c", CheckpointConfig(keep_last=2), announce=told.append)
+
+
+def save(checkpoints: Checkpoints, step: int, engine: Shards | None = None, **more):
+    problem = checkpoints.save(engine or Shards(), step, **more)
+    return problem or checkpoints.settle()
+
+
+def test_what_is_published(checkpoints, told):
+    done = save(checkpoints, 7, extra={"run.json": "{}"}, metric=0.5)
+    assert (done.step, done.problem) == (7, "") and done.saving >= 0 and told == [7]
+    (path,) = published(checkpoints.folder)
+    manifest = read_manifest(path)
+    assert set(manifest.files) == {"a.pt", "b.pt", "run.json"} and manifest.metric == 0.5
+    assert {p.name for p in path.iterdir()} == {*manifest.files, "manifest.json"}
+    assert problems(path) == [] and (checkpoints.folder / "latest").read_text() == path.name
+    assert {p.name for p in checkpoints.folder.iterdir()} == {path.name, "latest"}
+    assert checkpoints.settle() is None  # told once
+
+
+def test_the_oldest_are_removed(checkpoints):
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert [p.name for p in published(checkpoints.folder)] == ["step-00000003", "step-00000002"]
+
+
+def test_a_published_one_is_never_written_again(checkpoints, told):
+    save(checkpoints, 1)
+    before = (published(checkpoints.folder)[0] / "a.pt").stat().st_mtime_ns
+    assert save(checkpoints, 1) is None and told == [1]
+    assert (published(checkpoints.folder)[0] / "a.pt").stat().st_mtime_ns == before
+
+
+def test_a_broken_one_is_set_aside(checkpoints):
+    save(checkpoints, 1)
+    (published(checkpoints.folder)[0] / "a.pt").unlink()
+    assert save(checkpoints, 1).problem == ""
+    assert problems(published(checkpoints.folder)[0]) == []
+    assert (checkpoints.folder / "broken-step-00000001" / "b.pt").is_file()
+
+
+def test_what_cannot_be_written_leaves_nothing(checkpoints, told):
+    save(checkpoints, 1)
+    assert save(checkpoints, 2, Shards(failing="the disk is full")).problem == "the disk is full"
+    assert [p.name for p in published(checkpoints.folder)] == ["step-00000001"]
+    assert not list(checkpoints.folder.glob("staging-*")) and told == [1]
+    assert save(checkpoints, 2).problem == ""  # with room again
+
+
+def test_an_older_start_publishes_nothing(tmp_path, told):
+    """Its folder was taken between the writing and the publishing."""
+    older = Checkpoints(tmp_path, CheckpointConfig(), lambda: False, told.append)
+    assert "belongs to a newer start of this run" in save(older, 1).problem
+    assert published(tmp_path) == [] and told == [] and not (tmp_path / "latest").exists()
+    assert not list(tmp_path.glob("staging-*"))
+
+
+def test_a_save_whose_folder_was_cleaned_away(checkpoints, monkeypatch):
+    monkeypatch.setattr("coma_ds.checkpoint.sync", lambda path: checkpoints.clean())
+    assert save(checkpoints, 1).problem
+    assert published(checkpoints.folder) == []
+
+
+class TestFind:
+    def test_the_newest_that_verifies(self, checkpoints, caplog):
+        assert checkpoints.find("auto") is None
+        for step in (1, 2):
+            save(checkpoints, step)
+        newest, before = published(checkpoints.folder)
+        (checkpoints.folder / "latest").write_text("step-00000099")  # nothing hangs on it
+        assert checkpoints.find("auto") == newest and checkpoints.find("none") is None
+        content = (newest / "b.pt").read_text()
+        (newest / "b.pt").write_text(content.swapcase())  # of the same length
+        assert checkpoints.find("auto") == before
+        assert "b.pt is not what was written; falling back to the one before" in caplog.text
+        with pytest.raises(ValueError, match=r"b\.pt is not what was written"):
+            checkpoints.find(str(newest))
+        assert checkpoints.find(str(before)) == before
+        (before / "manifest.json").unlink()
+        with pytest.raises(ValueError, match=r"no checkpoint is whole \(step-00000002, step-0"):
+            checkpoints.find("auto")
+
+    def test_remains_are_no_checkpoints(self, checkpoints):
+        save(checkpoints, 1)
+        for name in ("staging-step-00000005", "deleting-step-00000000", "broken-step-00000009"):
+            (checkpoints.folder / name).mkdir()
+        assert checkpoints.find("auto").name == "step-00000001"
+        checkpoints.clean()
+        names = {p.name for p in checkpoints.folder.iterdir()}
+        assert names == {"step-00000001", "latest", "broken-step-00000009"}
+
+
+def test_frozen_weights_are_compared(checkpoints):
+    save(checkpoints, 4)
+    path, same, other = checkpoints.find("auto"), Shards(), Shards(frozen="g")
+    assert load_checkpoint(same, path) == 4 and same.loaded == [path.name]
+    with pytest.raises(ValueError) as caught:
+        load_checkpoint(other, path, "some/base")
+    assert "its 3 frozen parameters (f) are not those of some/base (3, g)" in str(caught.value)
+
+
+def test_a_conversion_that_fails_is_told(checkpoints):
+    save(checkpoints, 4)
+    path = checkpoints.find("auto")
+    with pytest.raises(
+        ValueError, match=r"step-00000004: DeepSpeed could not convert it \(.*_optim"
+    ):
+        convert(path)
+    assert not list(checkpoints.folder.glob("universal-*"))
