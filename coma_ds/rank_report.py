@@ -77,7 +77,10 @@ def outcome(
         places = [f" on {names[ranks.index(rank)]}" if names else "" for rank in silent]
         who = ", ".join(f"rank {rank}{place}" for rank, place in zip(silent[:4], places))
         more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
-        return 1, f"error: {who}{more} ended without a word: killed from outside"
+        return (
+            1,
+            f"error: {who}{more} ended without a word: killed from outside, or see the lines above",
+        )
     codes = {report.code for report in ours}
     asked = next((code for code in (86, 87, 85) if code in codes), 0)
     words = [report.message for report in ours if report.code == asked and report.message]

@@ -84,12 +84,13 @@ def execute(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="coma-ds-") as scratch:
         place = read_place(dict(os.environ), Path(scratch))
         try:
-            if args.run:
-                config = run_config(Path(args.run))
-            else:
-                from coma_ds.config import load_config
-
-                config = load_config(args.recipe, args.overrides)
+            config = None if args.run else recipe_config(args)
+        except ValueError:  # the same on all nodes: said once, without a name
+            if place.number:
+                return 2
+            raise
+        try:
+            config = config or run_config(Path(args.run))
             said = look(place, config, began + place.seconds)
         except ValueError as error:
             raise ValueError(f"{place.name}: {error}") from None
@@ -98,6 +99,16 @@ def execute(args: argparse.Namespace) -> int:
     if place.number == 0:
         sys.stderr.write(f"preflight: {said}, {time.monotonic() - began:.1f} s\n")
     return 0
+
+
+def recipe_config(args: argparse.Namespace) -> RunConfig:
+    """The config that ``train`` would resolve.  Raises ``ValueError`` as that does."""
+    from coma_ds.config import load_config
+    from coma_ds.effects import check_effect
+
+    config = load_config(args.recipe, args.overrides)
+    check_effect(config, args.overrides)
+    return config
 
 
 def run_config(folder: Path) -> RunConfig:

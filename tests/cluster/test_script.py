@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,7 +20,9 @@ def root(jobs: Jobs) -> Path:
     """A repository whose trainer is the stub."""
     folder = jobs.shared / "stub"
     (folder / "coma_ds").mkdir(parents=True)
-    (folder / "slurm").symlink_to(ROOT / "slurm")
+    shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.env"))
+    options = "--nodes=1 --job-name=itself --output=$COMA_SHARED/%x-%j.log"
+    (folder / "slurm" / "site.env").write_text(f'COMA_SBATCH="{options}"\n')
     source = Path(__file__).parent / "stub" / "coma_ds" / "train.py"
     (folder / "coma_ds" / "train.py").write_text(source.read_text())
     return folder
@@ -36,7 +39,11 @@ def submitted(root: Path, jobs: Jobs, cluster: VirtualCluster):
         return jobs.submit(name, *nodes, *options, words=words, root=root, **(light | more))
 
     lead = {"COMA_DS_LEAD_SECONDS": "6"}
+    words = ("demo-compress", "--steps=3", "optim.steps=3")
+    said = jobs.command("slurm/compress.sh", *words, root=root, **light)
+    itself = int(said.removeprefix("Submitted batch job "))
     yield {
+        "itself": Job(cluster, jobs.shared, "itself", itself, jobs.shared / "itself"),
         "well": submit("well", "well", "--nodes=2", TEST_SECRET=SECRET, SITE_URL=f"https://me:{SECRET}@x/y"),
         "user": submit("user", "user's error"),
         "fault": submit("fault", "fault"),
@@ -91,6 +98,14 @@ def test_a_job_that_goes_well(submitted):
     lines = job.log.splitlines()
     assert lines[0].startswith(f"job: well {job.number}, restart 0: 2 node(s) node[1-2], 1 rank(s)")
     assert lines[1:] == ["done in start 0", "done in start 0", "job: finished"]
+
+
+def test_a_script_that_is_run_submits_itself_with_the_sites_options(submitted):
+    job = submitted["itself"]
+    assert ended(job) == ("COMPLETED", "0", 0), job.log
+    lines = job.log.splitlines()
+    assert lines[0].startswith(f"job: itself {job.number}, restart 0: 1 node(s)")
+    assert lines[1:] == ["done in start 0", "job: finished"]
 
 
 def test_what_is_kept_of_a_job(submitted):

@@ -255,6 +255,17 @@ def test_a_machine_that_is_fit(tmp_path, capsys, monkeypatch, alone):
     )
 
 
+@pytest.mark.parametrize("number, count", [("0", 1), ("1", 0)])
+def test_a_wrong_config_is_said_by_one_node(capsys, monkeypatch, alone, number, count):
+    monkeypatch.setenv("COMA_NODE_NAMES", "node1 node2")
+    monkeypatch.setenv("SLURM_NODEID", number)
+    words = ["--recipe", "demo-match", "eval.at_end=false", "eval.every=0", "eval.sets=[i2i/seen]"]
+    assert run(["preflight", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.count("error: override eval.sets has no effect with") == count
+    assert said.count("\n") == count
+
+
 def test_a_run_that_is_to_be_evaluated(tmp_path, capsys, alone):
     assert run(["preflight", "--run", str(tmp_path)]) == 2
     assert "is no run: there is no config.yaml in it" in capsys.readouterr().err

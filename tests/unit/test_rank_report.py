@@ -45,7 +45,7 @@ def test_a_fault_without_words():
 
 
 def test_silent_ranks_are_named_with_their_nodes():
-    words = "ended without a word: killed from outside"
+    words = "ended without a word: killed from outside, or see the lines above"
     found = reports(0, None, None, None)
     all_of_them = f"error: rank 1 on node1, rank 2 on node2, rank 3 on node2 {words}"
     assert outcome(found, range(4), NODES) == (1, all_of_them)

@@ -29,7 +29,9 @@ def end(code: int, message: str = "") -> None:
 
 
 def announce(step: int) -> None:
-    """Say what is published."""
+    """Say what is published, on rank 0."""
+    if os.environ["RANK"] != "0":
+        return
     partial = published.with_suffix(".tmp")
     partial.write_text(str(step))
     partial.replace(published)
