@@ -45,7 +45,7 @@ test: lint
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/cluster
 	@$(PY) -m pytest tests/cluster
 
-# As in .ci/run: there a test of the cluster that is skipped has failed.
+# With this SLURM is installed, and a test of the cluster that is skipped has failed.
 test-cluster: export COMA_REQUIRE_CLUSTER = 1
 test-cluster: $(STAMP)
 	@$(PY) -m pytest tests/cluster

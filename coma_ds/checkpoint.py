@@ -150,6 +150,8 @@ class Checkpoints:
 
     def poll(self) -> Published | None:
         """On rank 0, how the last save ended, once; None while it has not."""
+        if self._thread is not None and self._thread.is_alive():
+            return None
         outcome, self._outcome = self._outcome, None
         return outcome
 

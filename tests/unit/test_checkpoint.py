@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,21 @@ def test_a_conversion_that_fails_is_told(checkpoints):
     ):
         convert(path)
     assert not list(checkpoints.folder.glob("universal-*"))
+
+
+def test_a_poll_takes_nothing_from_a_save_under_way(checkpoints, monkeypatch):
+    """The outcome is set before the thread has ended: a poll in between must not lose it."""
+    go, publish = threading.Event(), Checkpoints._publish
+
+    def slow(self, *arguments):
+        publish(self, *arguments)
+        go.wait(10)
+
+    monkeypatch.setattr(Checkpoints, "_publish", slow)
+    assert checkpoints.save(Shards(), 1) is None
+    until = time.monotonic() + 10
+    while not published(checkpoints.folder) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert checkpoints.poll() is None
+    go.set()
+    assert checkpoints.settle().step == 1
