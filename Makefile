@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-long demo-base test test-cluster lint clean
+.PHONY: help setup demo demo-long demo-base test test-cluster soak lint clean
 
 help:
 	@echo 'make demo       compress, then match, on the built-in pictures (10 minutes on 2 cores)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make demo-base  train the model that the demo starts from again (hours)'
 	@echo 'make test       linter and tests (12 minutes on 2 cores)'
 	@echo 'make test-cluster  those on a SLURM of virtual nodes alone (needs root; installs SLURM)'
+	@echo 'make soak       100 SIGKILLs over one run, whose end must be that of one left alone (an hour)'
 	@echo 'make lint       linter only'
 	@echo 'make clean      remove build products and caches; runs/ and $(VENV) stay'
 
@@ -49,6 +50,10 @@ test: lint
 test-cluster: export COMA_REQUIRE_CLUSTER = 1
 test-cluster: $(STAMP)
 	@$(PY) -m pytest tests/cluster
+
+SOAK ?= runs/soak
+soak: $(STAMP)
+	@$(PY) -m tests.faults.soak --output $(SOAK)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -22,7 +22,6 @@ from coma_ds import comm
 from coma_ds.config import CheckpointConfig
 from coma_ds.engine import Engine
 from coma_ds.manifest import (
-    BROKEN,
     POINTER,
     STAGING,
     Manifest,
@@ -32,6 +31,7 @@ from coma_ds.manifest import (
     read_manifest,
     remove,
     remove_remains,
+    set_aside,
     step_name,
     surplus,
     sync,
@@ -135,9 +135,7 @@ class Checkpoints:
         if not self._owned():
             raise ValueError(f"{self.folder} belongs to a newer start of this run")
         if target.is_dir():
-            aside = target.with_name(BROKEN + target.name)
-            shutil.rmtree(aside, ignore_errors=True)
-            target.rename(aside)
+            set_aside(target)
         staging.rename(target)
         sync(self.folder)
         write_atomically(self.folder / POINTER, target.name)
@@ -166,9 +164,11 @@ class Checkpoints:
     def find(self, resume: str) -> Path | None:
         """What to go on from: ``none``, ``auto`` (the newest that verifies), or a path.
 
-        The ranks share the hashing.  Raises ``ValueError`` for a given path that does not verify,
-        and for ``auto`` when there are checkpoints but none does: a run never starts over
-        silently.
+        The ranks share the hashing.  Newer ones that do not verify are set aside, so that their
+        steps are published again and they count as nothing that is kept.
+
+        Raises ``ValueError`` for a given path that does not verify, and for ``auto`` when there
+        are checkpoints but none does: a run never starts over silently.
         """
         if resume == "none":
             return None
@@ -177,19 +177,31 @@ class Checkpoints:
             if found := _agreed_problems(path):
                 raise ValueError(found[0])
             return path
-        broken = []
+        broken: list[Path] = []
         for path in comm.broadcast(published(self.folder)):
             found = _agreed_problems(path)
             if not found:
+                comm.decide(lambda path=path: self._fall_back(broken, path))
                 return path
             log.warning("%s; falling back to the one before", found[0])
-            broken.append(path.name)
+            broken.append(path)
         if broken:
+            names = ", ".join(path.name for path in broken)
             raise ValueError(
-                f"{self.folder}: no checkpoint is whole ({', '.join(broken)}); "
+                f"{self.folder}: no checkpoint is whole ({names}); "
                 "checkpoint.resume=none starts over"
             )
         return None
+
+    def _fall_back(self, broken: list[Path], good: Path) -> None:
+        if not broken:
+            return
+        try:
+            for path in broken:
+                set_aside(path)
+            write_atomically(self.folder / POINTER, good.name)
+        except OSError as error:
+            raise ValueError(f"{self.folder}: a broken checkpoint stays ({error})") from error
 
     def clean(self) -> None:
         """Rank 0: remove what an interrupted save or removal left."""

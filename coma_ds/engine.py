@@ -42,7 +42,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.
 
 
 def start(timeout_minutes: int | None = None) -> torch.device:
-    """Join the world that the launcher described (a world of one without it); the rank's device."""
+    """Join the world that the launcher described (a world of one without it); the rank's device.
+
+    Raises ``ValueError`` when another process has the port at which the ranks would meet.
+    """
     alone = "RANK" not in os.environ
     if alone:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
@@ -62,7 +65,15 @@ def start(timeout_minutes: int | None = None) -> torch.device:
     backend = "nccl" if on_gpu else "gloo"
     if alone and not dist.is_initialized():  # no port, which another process might take
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(backend, verbose=False)
+    try:
+        deepspeed.init_distributed(backend, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"port {os.environ['MASTER_PORT']} is in use on this machine, maybe by another run: "
+            "give the launcher another one (--master_port)"
+        ) from error
     return device
 
 

@@ -135,6 +135,13 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def set_aside(checkpoint: Path) -> None:
+    """Keep a checkpoint that is broken under a name that says so, instead of an earlier one."""
+    aside = checkpoint.with_name(BROKEN + checkpoint.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+
+
 def remove_remains(folder: Path) -> None:
     """What an interrupted save or removal left."""
     for start in (STAGING, DELETING):

@@ -22,6 +22,9 @@ SPEED = (
     "data_wait_percent",
     "memory_mib",
     "training_seconds",
+    "slowest_rank",
+    "slowest_rank_seconds",
+    "median_rank_seconds",
 )
 
 

@@ -10,6 +10,7 @@ from coma_ds import comm
 from coma_ds.assemble import TrainingData
 from coma_ds.config import MatchConfig, RunConfig
 from coma_ds.engine import Engine
+from coma_ds.hardware import has_fast_bf16
 from coma_ds.kernels.dispatch import outlook
 
 ATTENTION = {
@@ -93,6 +94,9 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         "compress": f"{config.compress.loss}{teacher} over answer tokens, logits in chunks, {rule}",
         "match": describe_loss(config.match, engine.device),
     }[config.objective]
+    slow = ""
+    if config.precision != "fp32" and not has_fast_bf16(engine.device.type):
+        slow = " (this CPU has no fast bf16: precision=fp32 takes a fraction of the time)"
     sources = ", ".join(f"{n} ({len(r)})" for n, r in data.sources.readers.items())
     return [
         f"coma-ds  {config.objective}  recipe {config.recipe or '-'}  -> {config.output}",
@@ -101,7 +105,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         f"trained    {trained / 1e6:.3f} M: {adapter}, vision tower {tower}, "
         f"{tokens} compression tokens ({config.model.bottleneck}), pooling {pooling}",
         f"world      {world} rank(s) on {engine.device.type}, ZeRO-{engine.stage} "
-        f"({config.deepspeed}), {config.precision}",
+        f"({config.deepspeed}), {config.precision}{slow}",
         f"attention  {attention}; {path}",
         f"loss       {loss}",
         f"images     {low} to {high} image tokens each",

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -40,11 +41,13 @@ from coma_ds.ownership import owns
 from coma_ds.report import describe_run
 from coma_ds.run_folder import CONFIG, check_same, claim, start_over
 from coma_ds.stopping import CONTROL, Request, Requests, Stopped
+from coma_ds.stragglers import OwnTime
 from coma_ds.versions import versions
 
 log = logging.getLogger("coma_ds")
 
 STATE = "run.json"  # in a checkpoint: what the run itself remembers
+RANKS_COMPARED = 10  # in every so many logged steps
 # Settings that make no difference between the results of two runs.
 UNCOMPARED = {
     **dict.fromkeys(("output", "eval", "checkpoint", "logging"), True),
@@ -65,6 +68,7 @@ class Run:
         self.main = comm.rank() == 0
         self.seconds = 0.0  # of training, without evaluation and saving
         self.monitor: Monitor | None = None
+        self.own_time: OwnTime | None = None  # of this rank in a step that compares the ranks
         self.bar: tqdm | None = None
         self.replacements = Replacements(config.data.bad_rows)
         self.truncated = 0  # samples of this rank so far that lost text
@@ -151,6 +155,14 @@ class Run:
         self.guard.after(step + 1, loss, applied=result.applied, jumped=jumped, samples=samples)
         return result
 
+    def timed(self, engine: Engine, step: int) -> AbstractContextManager:
+        """Around the forwards of a step: times them where the ranks are compared."""
+        self.own_time = None
+        if (step + 1) % (self.config.logging.every * RANKS_COMPARED) or not comm.is_parallel():
+            return nullcontext()
+        self.own_time = OwnTime(engine.device)
+        return self.own_time.measure(engine.model)
+
     def log(
         self,
         step: int,
@@ -196,6 +208,8 @@ class Run:
             "memory_mib": memory_mib(),
             "training_seconds": self.seconds,
         }
+        if self.own_time is not None:
+            values |= self.own_time.compare(waited)
         if config.data.bad_rows:
             values["replaced_rows"] = float(self.replacements.replaced)
         self.monitor.scalars(done, values)

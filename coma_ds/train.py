@@ -19,7 +19,7 @@ import argparse
 import time
 from typing import NoReturn
 
-from coma_ds import engine
+from coma_ds import comm, engine
 from coma_ds.assemble import build_data, build_engine, build_objective, build_processing
 from coma_ds.checks import check_run
 from coma_ds.config import RunConfig, load_config
@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
     args, config = parse(argv)
     device = engine.start()
     engine.share_threads()
+    # "auto" may have been answered in another way on another machine
+    config = config.model_copy(update={"precision": comm.broadcast(config.precision)})
     run = Run(config, keep=not (args.dry_run or args.verify_gradients))
     source, processing = build_processing(config)
     data = build_data(config, processing)
@@ -82,7 +84,8 @@ def main(argv: list[str]) -> None:
         began = time.perf_counter()
         batch = next(batches).to(device)
         waited = time.perf_counter() - began
-        report = take_step(trainer, objective, batch, config.chunk, seed=config.seed, step=step)
+        with run.timed(trainer, step):
+            report = take_step(trainer, objective, batch, config.chunk, seed=config.seed, step=step)
         result = run.guarded_step(trainer, data, step, report["loss"])
         run.log(step, batch, report, result, waited, time.perf_counter() - began)
         if run.evaluation_is_due(step + 1):

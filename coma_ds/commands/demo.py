@@ -85,7 +85,7 @@ def plan(length: str, folder: Path, weights: str) -> list[Phase]:
             "base",
             "demo-base",
             "the base answers with the picture in sight",
-            (*start, "precision=bf16", *form.both, *asked, *untouched),
+            (*start, "precision=auto", *form.both, *asked, *untouched),
         ),
         Phase(
             "untrained",

@@ -143,12 +143,14 @@ class PillowCanvas:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart, with a dot at each point where there are few."""
+    """A line of a chart, with a dot at each point where there are few; or dots alone."""
 
     colour: str
     x: list[float]
     y: list[float]
     dots: bool = False
+    joined: bool = True
+    width: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,8 @@ def draw_chart(canvas: Canvas, chart: Chart, x: float, y: float, width: float, h
     canvas.text(right, bottom + 31, chart.x_label, "muted", 11, "end")
     for series in chart.series:
         points = [at(a, b) for a, b in zip(series.x, series.y) if math.isfinite(b)]
-        if len(points) > 1:
-            canvas.line(points, series.colour, 2)
+        if series.joined and len(points) > 1:
+            canvas.line(points, series.colour, series.width)
         if series.dots:
             for point in points:
                 canvas.dot(*point, 3, series.colour)

@@ -68,7 +68,8 @@ def test_a_job_on_two_nodes_from_one_end_to_the_other(pipeline):
 
 def test_the_pipeline(pipeline):
     ends = [pipeline[name].wait() for name in ("compress", "match", "evaluate")]
-    assert [end["JobState"] for end in ends] == ["COMPLETED"] * 3, pipeline["evaluate"].log
+    logs = "\n".join(job.log for job in pipeline.values())
+    assert [end["JobState"] for end in ends] == ["COMPLETED"] * 3, logs
     assert ends[0]["EndTime"] <= ends[1]["StartTime"] <= ends[1]["EndTime"] <= ends[2]["StartTime"]
     assert f"from {pipeline['compress'].run}/model" in pipeline["match"].log
     results = json.loads((pipeline["match"].run / "results.json").read_text())

@@ -29,9 +29,8 @@ class Ended:
         return [line for line in self.text.splitlines() if line.strip()]
 
 
-def command(launcher: str) -> list[str]:
+def command(launcher: str, port: str) -> list[str]:
     """The words before the script."""
-    port = str(free_port())
     return {
         "deepspeed": [
             str(BIN / "deepspeed"), "--num_accelerators", str(RANKS), "--master_port", port,
@@ -43,12 +42,15 @@ def command(launcher: str) -> list[str]:
     }[launcher]  # fmt: skip
 
 
-def launch(launcher: str, script: str, *arguments: str, limit: float = 180) -> Ended:
-    """Run ``script`` (relative to the root) and wait; fails when the limit (seconds) is over."""
+def launch(launcher: str, script: str, *arguments: str, limit: float = 180, port: int = 0) -> Ended:
+    """Run ``script`` (relative to the root) and wait; fails when the limit (seconds) is over.
+
+    ``port`` 0: one that is free.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment["DS_ACCELERATOR"] = "cpu"
     process = subprocess.Popen(
-        [*command(launcher), script, *arguments],
+        [*command(launcher, str(port or free_port())), script, *arguments],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,

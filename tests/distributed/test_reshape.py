@@ -54,9 +54,18 @@ def arguments(kind: str, base: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(folders, base) -> dict[str, dict]:
-    """Every kind on two ranks, not interrupted."""
+    """Every kind on two ranks, not interrupted; with the samples that both have seen."""
     wanted = [{"output": str(folders[k]), "arguments": arguments(k, base)} for k in KINDS]
-    return dict(zip(KINDS, run_world(2, TARGET, limit=240, runs=wanted)[0]))
+    ranks = run_world(2, TARGET, limit=240, runs=wanted)
+    return {k: run | {"samples": samples(runs)} for k, run, *runs in zip(KINDS, ranks[0], *ranks)}
+
+
+def samples(ranks: list[dict]) -> list[list[str]]:
+    """Digests of the global batch of each step, from the same run of every rank."""
+    return [
+        sorted(digest for _, own, _ in step for digest in own)
+        for step in zip(*(rank["seen"] for rank in ranks), strict=True)
+    ]
 
 
 def again(kind: str, folders, base, name: str, *more: str) -> dict:
@@ -71,8 +80,9 @@ def again(kind: str, folders, base, name: str, *more: str) -> dict:
 @pytest.mark.parametrize("world, kinds", [(1, [*KINDS]), (4, ["lora at 3", "full at 2"])])
 def test_another_number_of_ranks_goes_on_equally(whole, folders, base, world, kinds):
     wanted = [again(kind, folders, base, f"on-{world}") for kind in kinds]
-    found = dict(zip(kinds, run_world(world, TARGET, limit=280, runs=wanted)[0]))
-    for kind, run in found.items():
+    ranks = run_world(world, TARGET, limit=280, runs=wanted)
+    for kind, run, *runs in zip(kinds, ranks[0], *ranks):
+        assert samples(runs) == whole[kind]["samples"][3:]
         said = "\n".join(run["said"])
         assert "step 3 of 6" in said, (kind, said)
         assert ("converting" in said) == (" at 0" not in kind), kind

@@ -32,8 +32,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(folders) -> dict[str, dict]:
-    """The runs by name, one world in which they follow each other."""
+def ranks(folders) -> list[dict[str, dict]]:
+    """The runs by name, of each rank, one world in which they follow each other."""
     cut = {"output": str(folders["cut"]), "arguments": RUN}
     none = {"output": str(folders["none"]), "arguments": ["optim.steps=2", "deepspeed=zero0"]}
     whole = shard(folders["whole"], 4).parent
@@ -62,8 +62,14 @@ def runs(folders) -> dict[str, dict]:
         "finished": none,
         "replaced": {**none, "arguments": [*none["arguments"], "checkpoint.resume=none"]},
     }
-    found = run_world(2, TARGET, limit=240, runs=list(wanted.values()))[0]
-    return dict(zip(wanted, found))
+    found = run_world(2, TARGET, limit=240, runs=list(wanted.values()))
+    return [dict(zip(wanted, rank)) for rank in found]
+
+
+@pytest.fixture(scope="module")
+def runs(ranks) -> dict[str, dict]:
+    """Those of rank 0, which speaks and writes."""
+    return ranks[0]
 
 
 def losses(run: dict) -> list[tuple]:
@@ -79,6 +85,17 @@ def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(runs):
     assert losses(runs["resumed"]) == losses(runs["whole"])
     assert runs["resumed"]["weights"] == runs["whole"]["weights"] != ""
     assert len({loss for _, loss, *_ in losses(runs["whole"])}) == 6
+
+
+def test_every_rank_sees_the_same_samples_and_random_numbers(ranks):
+    for rank in ranks:
+        whole, resumed = rank["whole"]["seen"], rank["resumed"]["seen"]
+        assert [step for step, *_ in whole] == [1, 2, 3, 4, 5, 6]
+        assert resumed == whole[4:]
+        assert len({state for *_, state in whole}) == 6
+    first, second = (rank["whole"]["seen"] for rank in ranks)
+    for (_, samples, state), (_, others, another) in zip(first, second):
+        assert not set(samples) & set(others) and state != another
 
 
 def test_each_step_stands_once_in_tensorboard(runs, folders):

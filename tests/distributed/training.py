@@ -9,8 +9,11 @@ import logging
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+
 from coma_ds import comm, train
 from coma_ds.run import Run
+from tests.pair_files import digests
 
 # The demo's recipes from random weights, so that a step takes a fraction of a second.
 SMALL = [
@@ -27,13 +30,17 @@ class Interrupted(Exception):
 def train_once(output: str, arguments: list[str], stop_after: int | None = None) -> dict:
     """One run of ``coma_ds/train.py``; with ``stop_after`` it dies after logging that step.
 
-    What it said, the lines of metrics.jsonl, and the digest of the exported weights.
+    What it said, the lines of metrics.jsonl, the digest of the exported weights, and what this
+    rank has ``seen`` in each step: digests of its samples, and of its random state after it.
     """
     said: list[str] = []
+    seen: list[tuple] = []
     log_step = Run.log
 
-    def log_and_die(self, step, *rest):
-        log_step(self, step, *rest)
+    def log_and_die(self, step, batch, *rest):
+        log_step(self, step, batch, *rest)
+        state = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8)
+        seen.append((step + 1, digests(batch), state.hexdigest()))
         if step + 1 == stop_after:
             raise Interrupted
 
@@ -53,7 +60,7 @@ def train_once(output: str, arguments: list[str], stop_after: int | None = None)
         except ValueError as error:
             said.append(f"error: {error}")
     gc.collect()
-    return {"said": said, **left_behind(Path(output))}
+    return {"said": said, "seen": seen, **left_behind(Path(output))}
 
 
 def left_behind(folder: Path) -> dict:

@@ -1,10 +1,11 @@
 """Kill a run again and again, and see that it ends as if nothing had happened.
 
-    python -m tests.faults.soak --kills 100 --steps 200 --output runs/soak
+    python -m tests.faults.soak --kills 100 --steps 240 --output runs/soak
 
 Two ranks under torchrun.  Each start is ended by SIGKILL to all of its processes at a random
 moment: while it loads, trains, saves or publishes.  After the last kill it runs to its end, which
-is compared bit by bit with that of a run that nobody touched.
+is compared bit by bit with that of a run that nobody touched; so is every loss that a start wrote
+before it was killed.  ``soak.json`` says what was done, ``soak.png`` shows the curve.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from coma_ds.commands.demo_figure import Chart, PillowCanvas, Series, draw_chart
+from coma_ds.versions import package_versions
 from tests.distributed.harness import free_port
 from tests.distributed.launched import ROOT
 
@@ -30,7 +33,9 @@ ALWAYS = [
     "model.adapter=lora", "eval.at_end=false", "eval.every=0", "logging.every=1",
     "logging.progress=false", "data.workers=1",
 ]  # fmt: skip
-STEPS, LOADING = 5, 0.15  # new steps before a kill, at most; share of kills while it loads
+MEASURED = ("step", "loss", "answer_accuracy", "lr", "grad_norm")
+STEPS = 5  # new steps before a kill, at most
+LOADING, SAVING = 0.15, 0.25  # shares of kills while it loads, and just after a save has begun
 PATIENCE = 600.0  # seconds for the last, undisturbed part
 
 
@@ -95,33 +100,46 @@ def run_whole(folder: Path, steps: int) -> float:
     return first or time.monotonic() - began
 
 
+def rows(folder: Path) -> list[tuple]:
+    """What each step measured that does not depend on the clock."""
+    return [tuple(line[name] for name in MEASURED) for line in lines(folder)]
+
+
 def run_killed(folder: Path, steps: int, kills: int, first: float, seed: int) -> list[dict]:
     """Start and kill until ``kills`` are done, then let it end; a line for each kill."""
     chance, done = random.Random(seed), []
+    undisturbed = set(rows(folder.with_name("whole")))
     while len(done) < kills:
         before, job = len(lines(folder)), start(folder, steps)
-        target, delay = before + chance.randint(1, STEPS), chance.random()
-        if chance.random() < LOADING:
-            target, delay = before, first * chance.random()
+        target, delay, kind = before + chance.randint(1, STEPS), chance.random(), chance.random()
+        saving = LOADING <= kind < LOADING + SAVING or not done
+        if saving:
+            delay *= 0.2  # which takes about that long
+        elif kind < LOADING:
+            target, delay = before, first * delay
         while len(lines(folder)) < target and job.poll() is None:
             time.sleep(0.01)
+        while saving and job.poll() is None and not list(folder.glob("checkpoints/staging-*")):
+            time.sleep(0.001)
         until = time.monotonic() + delay
         while time.monotonic() < until and job.poll() is None:
-            time.sleep(0.01)
+            time.sleep(0.005)
         if job.poll() is not None:
             if job.returncode:
                 raise RuntimeError(f"a start failed by itself: {folder}.log")
             return done  # it ended before the kill
         kill(job)
-        found = lines(folder)
-        gained = len(found) - before
+        found = rows(folder)
         saves = folder / "checkpoints"
         done.append({
-            "new_steps": gained,
-            "step": found[-1]["step"] if found else 0,
+            "new_steps": len(found) - before,
+            "step": found[-1][0] if found else 0,
+            "loss": found[-1][1] if found else None,
+            "other_steps": [row[0] for row in found if row not in undisturbed],
             "published": sorted(int(p.name[5:]) for p in saves.glob("step-*")),
             "in_a_save": bool(list(saves.glob("staging-*"))),
         })  # fmt: skip
+        say(f"kill {len(done)} of {kills}, after step {done[-1]['step']} of {steps}")
     job = start(folder, steps)
     if job.wait(PATIENCE):
         raise RuntimeError(f"the last start failed: {folder}.log")
@@ -143,8 +161,7 @@ def tensors(value, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 def differences(one: Path, two: Path, steps: int) -> list[str]:
     """Where two finished runs differ: losses, steps written twice, states, exported weights."""
     found = []
-    names = ("step", "loss", "answer_accuracy", "lr", "grad_norm")
-    curves = [[tuple(line[n] for n in names) for line in lines(run)] for run in (one, two)]
+    curves = [rows(run) for run in (one, two)]
     if curves[0] != curves[1]:
         found.append("the lines of metrics.jsonl differ")
     if [row[0] for row in curves[1]] != [*range(1, steps + 1)]:
@@ -171,28 +188,61 @@ def soak(folder: Path, steps: int, kills: int, seed: int = 0) -> dict:
     folder.mkdir(parents=True)
     first = run_whole(folder / "whole", steps)
     done = run_killed(folder / "killed", steps, kills, first, seed)
+    found = differences(folder / "whole", folder / "killed", steps)
+    found += [f"kill {n}: other losses before it" for n, k in enumerate(done) if k["other_steps"]]
     report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": package_versions(),
+        "seed": seed,
         "steps": steps,
         "kills": len(done),
         "kills_in_a_save": sum(k["in_a_save"] for k in done),
-        "differences": differences(folder / "whole", folder / "killed", steps),
+        "kills_before_a_new_step": sum(k["new_steps"] <= 0 for k in done),
+        "differences": found,
         "each": done,
     }
-    (folder / "soak.json").write_text(json.dumps(report, indent=1))
+    text = json.dumps(report | {"each": 0}, indent=1)
+    each = ",\n  ".join(map(json.dumps, done))
+    (folder / "soak.json").write_text(text.replace('"each": 0', f'"each": [\n  {each}\n ]') + "\n")
+    draw(folder, report)
     return report
+
+
+def draw(folder: Path, report: dict) -> None:
+    """The losses of the killed run on those of the other, a dot where each start was killed."""
+    whole, killed = (rows(folder / name) for name in ("whole", "killed"))
+    kills = [kill for kill in report["each"] if kill["loss"] is not None]
+    step, loss = [[kill[name] for kill in kills] for name in ("step", "loss")]
+    series = [
+        Series("gold", [row[0] for row in whole], [row[1] for row in whole], width=7),
+        Series("match", [row[0] for row in killed], [row[1] for row in killed]),
+        Series("control", step, loss, dots=True, joined=False),
+    ]
+    title = f"Loss of a run killed {report['kills']} times, on that of one left alone (wide)"
+    canvas = PillowCanvas(900, 360)
+    chart = Chart(title, "step; a dot: SIGKILL to every process", series, from_zero=False)
+    draw_chart(canvas, chart, 12, 10, 876, 340)
+    canvas.finished().quantize(32).save(folder / "soak.png", optimize=True)
+
+
+def say(text: str) -> None:
+    """A line at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/soak"))
     args = parser.parse_args()
     report = soak(args.output.absolute(), args.steps, args.kills, args.seed)
-    sys.stdout.write(
-        f"{report['kills']} kills ({report['kills_in_a_save']} in a save) over {args.steps} steps: "
-        f"{report['differences'] or 'the end is equal bit by bit'}\n"
+    say(
+        f"{report['kills']} kills ({report['kills_in_a_save']} in a save, "
+        f"{report['kills_before_a_new_step']} before a new step) over {args.steps} steps: "
+        f"{report['differences'] or 'the end is equal bit by bit'}"
     )
     return bool(report["differences"])
 

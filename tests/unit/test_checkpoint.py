@@ -115,14 +115,24 @@ class TestFind:
         assert checkpoints.find("auto") == newest and checkpoints.find("none") is None
         content = (newest / "b.pt").read_text()
         (newest / "b.pt").write_text(content.swapcase())  # of the same length
-        assert checkpoints.find("auto") == before
-        assert "b.pt is not what was written; falling back to the one before" in caplog.text
         with pytest.raises(ValueError, match=r"b\.pt is not what was written"):
             checkpoints.find(str(newest))
         assert checkpoints.find(str(before)) == before
-        (before / "manifest.json").unlink()
-        with pytest.raises(ValueError, match=r"no checkpoint is whole \(step-00000002, step-0"):
-            checkpoints.find("auto")
+        assert checkpoints.find("auto") == before
+        assert "b.pt is not what was written; falling back to the one before" in caplog.text
+        # it does not stand in the way of the next one of that step
+        assert published(checkpoints.folder) == [before]
+        assert (checkpoints.folder / "latest").read_text() == before.name
+        assert (newest.with_name(f"broken-{newest.name}") / "b.pt").is_file()
+
+    def test_without_a_whole_one_all_stay(self, checkpoints):
+        for step in (1, 2):
+            save(checkpoints, step)
+        for path in published(checkpoints.folder):
+            (path / "manifest.json").unlink()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"no checkpoint is whole \(step-00000002, step-0"):
+                checkpoints.find("auto")
 
     def test_remains_are_no_checkpoints(self, checkpoints):
         save(checkpoints, 1)

@@ -81,6 +81,20 @@ def test_what_both_stages_of_the_paper_share(name) -> None:
     assert config.precision == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "capability", "precision"),
+    [(False, "AVX2", "fp32"), (False, "DEFAULT", "fp32"), (False, "AVX512", "bf16"),
+     (True, "AVX2", "bf16")],
+)  # fmt: skip
+def test_the_demo_computes_in_what_is_fast(monkeypatch, gpu, capability, precision) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    for name in ("demo-compress", "demo-match", "demo-control"):
+        assert load_config(name).precision == precision
+        assert load_config(name, ["precision=autocast"]).precision == "autocast"
+    assert RunConfig().precision == "bf16"
+
+
 @pytest.mark.parametrize("size", ["3b", "7b"])
 def test_stage_one_of_the_paper(size) -> None:
     config = load_config(f"qwen2_5_vl_{size}-compress")

@@ -1,0 +1,16 @@
+"""What the machine computes well."""
+
+from __future__ import annotations
+
+import torch
+
+
+def has_fast_bf16(device: str = "") -> bool:
+    """True where products in bf16 are not slower than those in fp32.
+
+    Any GPU that is supported, and CPUs with AVX-512: without it torch 2.13 has no bf16 kernels for
+    them, and a linear layer takes 15 to 50 times as long as in fp32 (measured with AVX2).
+    ``device``: ``cuda`` or ``cpu``; by default that on which training would run.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -1,0 +1,43 @@
+"""TensorBoard names the rank that the others wait for, whatever it loses its time with."""
+
+from __future__ import annotations
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed.harness import run_world
+
+SLOW = {
+    "zero3 data": (1, "data", 1.0),
+    "zero3 compute": (1, "compute", 0.4),
+    "zero2 compute": (0, "compute", 0.4),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, dict]:
+    root = tmp_path_factory.mktemp("slow")
+    wanted = []
+    for name, slow in SLOW.items():
+        few = [f"deepspeed={name.split()[0]}", "optim.steps=10", "chunk.samples=8"]
+        output = str(root / name.replace(" ", "-"))
+        wanted.append({"output": output, "arguments": few, "slow": slow})
+    found = run_world(2, "tests.distributed.slowed:train_slowly", runs=wanted)[0]
+    return {name: run | {"output": want["output"]} for name, run, want in zip(SLOW, found, wanted)}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_the_slow_rank_is_named(runs, name):
+    rank, _, seconds = SLOW[name]
+    line = runs[name]["lines"][-1]
+    assert line["step"] == 10 and line["slowest_rank"] == rank
+    assert line["slowest_rank_seconds"] >= seconds
+    # the other one waited as long, for this one: that is not its own time
+    assert line["median_rank_seconds"] < line["slowest_rank_seconds"] - 0.9 * seconds
+    assert "slowest_rank" not in runs[name]["lines"][-2]
+
+
+def test_it_is_a_curve(runs):
+    board = EventAccumulator(f"{runs['zero3 data']['output']}/tensorboard").Reload()
+    (point,) = board.Scalars("train speed/slowest_rank")
+    assert (point.step, point.value) == (10, 1.0)
