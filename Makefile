@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help setup demo demo-long demo-base test test-cluster soak lint clean
 
 help:
-	@echo 'make demo       compress, then match, on the built-in pictures (10 minutes on 2 cores)'
+	@echo 'make demo       compress, then match, on the built-in pictures (10 minutes on 2 cores with AVX-512)'
 	@echo 'make demo-long  the same with more steps (an hour)'
 	@echo 'make demo-base  train the model that the demo starts from again (hours)'
 	@echo 'make test       linter and tests (12 minutes on 2 cores)'

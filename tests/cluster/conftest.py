@@ -1,7 +1,7 @@
 """The virtual cluster of these tests, and what happens on a machine that cannot have one.
 
-The tests are skipped, and said to be, unless COMA_REQUIRE_CLUSTER=1: then SLURM is installed where
-it is missing, and a test that is skipped has failed.
+The tests are skipped, and said to be, where SLURM is not installed.  With COMA_REQUIRE_CLUSTER=1 it
+is, and a test that is skipped has failed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ skipped: list[str] = []  # why, for the end of the report
 
 def unavailable() -> str:
     """Why there can be no cluster here; empty when there can."""
-    if not REQUIRED:  # until .ci/run asks for them: they are not finished
-        return (
-            f"only with COMA_REQUIRE_CLUSTER=1, which installs SLURM ({' '.join(PACKAGES)}) "
-            "where it is missing"
-        )
-    if missing_programs():
+    if missing := missing_programs():
+        if not REQUIRED:
+            return (
+                f"there is no {missing[0]} here; COMA_REQUIRE_CLUSTER=1 (make test-cluster) "
+                f"installs SLURM ({' '.join(PACKAGES)})"
+            )
         install()
     return missing_rights()
 

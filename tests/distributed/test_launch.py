@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from coma_ds.config import load_config
+from coma_ds.hardware import has_fast_bf16
 from tests.distributed.launched import Ended, launch
 
 TRAIN = "coma_ds/train.py"
-FEW = ["optim.steps=2", "data.length=4000", "logging.every=1"]
+FEW = ["optim.steps=2", "data.length=4000", "logging.every=1", "precision=bf16"]
 COMPRESS = [*FEW, "optim.batch_size=16", "chunk.samples=3", "eval.bottleneck_questions=2"]
 SETS = ("name_t2i/unseen", "i2t/unseen")
 MATCH = [
@@ -42,9 +43,9 @@ def jobs(root: Path) -> dict[str, tuple[str, ...]]:
         "dry match": (
             "torchrun", TRAIN, f"output={root}/dry", "--dry-run", *MATCH, "init_from=null",
         ),
-        "verify": ("python", TRAIN, f"output={root}/verify", *exact, *COMPRESS),
+        "verify": ("python", TRAIN, f"output={root}/verify", *COMPRESS, *exact),
         "verify match": (
-            "torchrun", TRAIN, f"output={root}/verify", *exact, *MATCH, "init_from=null",
+            "torchrun", TRAIN, f"output={root}/verify", *MATCH, *exact, "init_from=null",
         ),
     }  # fmt: skip
 
@@ -142,7 +143,9 @@ def test_a_world_of_one_and_one_of_two_take_the_same_steps(ended, root):
 
 
 def test_torchrun_trains_adapters_and_exports_a_plain_model(ended, root):
-    assert "world      2 rank(s) on cpu, ZeRO-2 (zero2), bf16" in ended("torchrun").text
+    job = ended("torchrun")
+    assert "world      2 rank(s) on cpu, ZeRO-2 (zero2), bf16" in job.text
+    assert ("this CPU has no fast bf16" in job.text) == (not has_fast_bf16())
     assert [line["step"] for line in metrics(root / "torchrun")] == [1, 2]
     assert (root / "torchrun" / "model" / "model.safetensors").is_file()
     assert not (root / "torchrun" / "results.json").exists()
