@@ -214,7 +214,7 @@ def draw(folder: Path, report: dict) -> None:
     kills = [kill for kill in report["each"] if kill["loss"] is not None]
     step, loss = [[kill[name] for kill in kills] for name in ("step", "loss")]
     series = [
-        Series("gold", [row[0] for row in whole], [row[1] for row in whole], width=7),
+        Series("rule", [row[0] for row in whole], [row[1] for row in whole], width=10),
         Series("match", [row[0] for row in killed], [row[1] for row in killed]),
         Series("control", step, loss, dots=True, joined=False),
     ]
