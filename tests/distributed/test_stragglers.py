@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed.harness import run_world
+from tests.distributed.launched import ROOT
 
 SLOW = {
     "zero3 data": (1, "data", 1.0),
@@ -14,12 +18,22 @@ SLOW = {
 }
 
 
+def fetching(path: Path) -> Path:
+    """ZeRO-3 that fetches every weight anew: the other rank waits inside the forward."""
+    tree = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    names = ("param_persistence_threshold", "prefetch_bucket_size", "max_reuse_distance")
+    tree["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
+    path.write_text(json.dumps(tree))
+    return path
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("slow")
+    mechanics = {"zero3": fetching(root / "zero3.json"), "zero2": "zero2"}
     wanted = []
     for name, slow in SLOW.items():
-        few = [f"deepspeed={name.split()[0]}", "optim.steps=10", "chunk.samples=8"]
+        few = [f"deepspeed={mechanics[name.split()[0]]}", "optim.steps=10", "chunk.samples=8"]
         output = str(root / name.replace(" ", "-"))
         wanted.append({"output": output, "arguments": few, "slow": slow})
     found = run_world(2, "tests.distributed.slowed:train_slowly", runs=wanted)[0]

@@ -222,7 +222,7 @@ def draw(folder: Path, report: dict) -> None:
     canvas = PillowCanvas(900, 360)
     chart = Chart(title, "step; a dot: SIGKILL to every process", series, from_zero=False)
     draw_chart(canvas, chart, 12, 10, 876, 340)
-    canvas.finished().quantize(32).save(folder / "soak.png", optimize=True)
+    canvas.finished().quantize(64).save(folder / "soak.png", optimize=True)
 
 
 def say(text: str) -> None:
