@@ -111,7 +111,9 @@ def run_killed(folder: Path, steps: int, kills: int, first: float, seed: int) ->
     undisturbed = set(rows(folder.with_name("whole")))
     while len(done) < kills:
         before, job = len(lines(folder)), start(folder, steps)
-        target, delay, kind = before + chance.randint(1, STEPS), chance.random(), chance.random()
+        room = (steps - before) // (kills - len(done))  # so that the last kill comes before the end
+        target = before + chance.randint(1, max(1, min(STEPS, 2 * room - 1)))
+        delay, kind = chance.random(), chance.random()
         saving = LOADING <= kind < LOADING + SAVING or not done
         if saving:
             delay *= 0.2  # which takes about that long
