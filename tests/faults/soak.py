@@ -31,7 +31,7 @@ from tests.distributed.launched import ROOT
 ALWAYS = [
     "--recipe", "demo-compress", "optim.batch_size=8", "chunk.samples=3", "checkpoint.every=2",
     "model.adapter=lora", "eval.at_end=false", "eval.every=0", "logging.every=1",
-    "logging.progress=false", "data.workers=1",
+    "logging.progress=false", "data.workers=1", "data.length=20000",
 ]  # fmt: skip
 MEASURED = ("step", "loss", "answer_accuracy", "lr", "grad_norm")
 STEPS = 5  # new steps before a kill, at most
