@@ -161,11 +161,11 @@ class Checkpoints:
         self._thread = None
         return comm.broadcast(self.poll())
 
-    def find(self, resume: str) -> Path | None:
+    def find(self, resume: str, *, going_on: bool = False) -> Path | None:
         """What to go on from: ``none``, ``auto`` (the newest that verifies), or a path.
 
-        The ranks share the hashing.  Newer ones that do not verify are set aside, so that their
-        steps are published again and they count as nothing that is kept.
+        The ranks share the hashing.  For a run that is ``going_on``, newer ones that do not verify
+        are set aside: their steps are published again, and they count as nothing that is kept.
 
         Raises ``ValueError`` for a given path that does not verify, and for ``auto`` when there
         are checkpoints but none does: a run never starts over silently.
@@ -181,7 +181,8 @@ class Checkpoints:
         for path in comm.broadcast(published(self.folder)):
             found = _agreed_problems(path)
             if not found:
-                comm.decide(lambda path=path: self._fall_back(broken, path))
+                if going_on and broken:
+                    comm.decide(lambda path=path: self._fall_back(broken, path))
                 return path
             log.warning("%s; falling back to the one before", found[0])
             broken.append(path)
@@ -194,8 +195,6 @@ class Checkpoints:
         return None
 
     def _fall_back(self, broken: list[Path], good: Path) -> None:
-        if not broken:
-            return
         try:
             for path in broken:
                 set_aside(path)

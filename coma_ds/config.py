@@ -256,8 +256,8 @@ class RunConfig(Section):
     output: str = Field("runs/demo-compress", min_length=1)
     init_from: str | None = None  # a finished run, or a model folder
     seed: int = Field(0, ge=0)
-    precision: Literal["bf16", "fp32", "autocast"] = "bf16"  # autocast: fp32 weights, bf16 products
-    # "auto" is taken too: bf16, or fp32 on a CPU on which that is many times faster
+    # autocast: fp32 weights, bf16 products; auto: bf16, or fp32 on a CPU where that is faster
+    precision: Literal["auto", "bf16", "fp32", "autocast"] = "bf16"
     deepspeed: str = "zero3"  # a name in ds_configs/, or a JSON file
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -269,15 +269,6 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     logging: LoggingConfig = LoggingConfig()
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _fast(cls, value: Any) -> Any:
-        if value != "auto":
-            return value
-        from coma_ds.hardware import has_fast_bf16
-
-        return "bf16" if has_fast_bf16() else "fp32"
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -306,6 +297,8 @@ class RunConfig(Section):
                 "'builtin' or 'dialogues'"
             )
         size, sub = self.optim.batch_size, self.data.sub_batch
+        if self.objective == "match" and size == 1:
+            raise ValueError("optim.batch_size is 1: a pair alone has no negatives, use 2 or more")
         if sub and size % sub:
             raise ValueError(f"optim.batch_size {size} is not a multiple of data.sub_batch {sub}")
         return self

@@ -125,7 +125,7 @@ class Embedder:
                 empty or of the wrong type, an image that cannot be read; named by its number;
                 a width out of range.
         """
-        whole = isinstance(width, int) and not isinstance(width, bool)
+        whole = isinstance(width, int | np.integer) and not isinstance(width, bool)
         if width is not None and not (whole and 0 < width <= self.width):
             raise ValueError(
                 f"width is {width!r}, expected a whole number from 1 to {self.width}, the numbers "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+SLOW = "this CPU has no fast bf16: precision=fp32 takes a fraction of the time"
+
 
 def has_fast_bf16(device: str = "") -> bool:
     """True where products in bf16 are not slower than those in fp32.

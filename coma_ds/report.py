@@ -10,7 +10,7 @@ from coma_ds import comm
 from coma_ds.assemble import TrainingData
 from coma_ds.config import MatchConfig, RunConfig
 from coma_ds.engine import Engine
-from coma_ds.hardware import has_fast_bf16
+from coma_ds.hardware import SLOW, has_fast_bf16
 from coma_ds.kernels.dispatch import outlook
 
 ATTENTION = {
@@ -96,7 +96,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     }[config.objective]
     slow = ""
     if config.precision != "fp32" and not has_fast_bf16(engine.device.type):
-        slow = " (this CPU has no fast bf16: precision=fp32 takes a fraction of the time)"
+        slow = f" ({SLOW})"
     sources = ", ".join(f"{n} ({len(r)})" for n, r in data.sources.readers.items())
     return [
         f"coma-ds  {config.objective}  recipe {config.recipe or '-'}  -> {config.output}",

@@ -122,7 +122,7 @@ class Run:
         config = self.config
         if self.main:
             self.checkpoints.clean()
-        path = self.checkpoints.find(config.checkpoint.resume)
+        path = self.checkpoints.find(config.checkpoint.resume, going_on=True)
         if path is None:
             if self.main and (self.folder / "metrics.jsonl").is_file():
                 log.info("%s has no checkpoint to go on from: the run starts over", self.folder)

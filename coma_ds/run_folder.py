@@ -12,6 +12,8 @@ from pathlib import Path
 import yaml
 
 from coma_ds.config import RunConfig, dump
+from coma_ds.hardware import has_fast_bf16
+from coma_ds.manifest import published
 from coma_ds.metrics import flatten
 from coma_ds.ownership import Incarnation, read_owner, take, takes_over, this_start
 from coma_ds.stopping import check_not_held
@@ -93,6 +95,22 @@ def start_over(folder: Path) -> None:
     if any(checkpoints.glob("step-*")):
         places = (folder / f"checkpoints-{number}" for number in count(1))
         checkpoints.rename(next(place for place in places if not place.exists()))
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The config with a precision in the place of ``auto``.
+
+    A run that goes on keeps its own, on whatever machine; a new one takes what is fast on this.
+    """
+    if config.precision != "auto":
+        return config
+    precision = "bf16" if has_fast_bf16() else "fp32"
+    resume, folder = config.checkpoint.resume, Path(config.output) / "checkpoints"
+    for checkpoint in published(folder)[:1] if resume == "auto" else [Path(resume)]:
+        if (checkpoint / CONFIG).is_file():
+            before = yaml.safe_load((checkpoint / CONFIG).read_text())
+            precision = before.get("precision", precision)
+    return config.model_copy(update={"precision": precision})
 
 
 def changed(config: RunConfig, checkpoint: Path) -> list[str]:

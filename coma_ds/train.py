@@ -26,6 +26,7 @@ from coma_ds.config import RunConfig, load_config
 from coma_ds.effects import check_effect
 from coma_ds.entry import entry_point
 from coma_ds.run import Run
+from coma_ds.run_folder import settled
 from coma_ds.step import accumulate, grad_cache
 from coma_ds.verify import verify_gradients
 
@@ -64,8 +65,7 @@ def main(argv: list[str]) -> None:
     args, config = parse(argv)
     device = engine.start()
     engine.share_threads()
-    # "auto" may have been answered in another way on another machine
-    config = config.model_copy(update={"precision": comm.broadcast(config.precision)})
+    config = comm.decide(lambda: settled(config))
     run = Run(config, keep=not (args.dry_run or args.verify_gradients))
     source, processing = build_processing(config)
     data = build_data(config, processing)

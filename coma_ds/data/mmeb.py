@@ -148,6 +148,9 @@ def mmeb_eval(
     require_columns(
         table, f"{root_or_hub}/{subset}", ("qry_text", "tgt_text"), ", ".join(EVAL_COLUMNS)
     )
+    for name, side in (("qry_img_path", "query"), ("tgt_img_path", "candidate")):
+        if name not in table.columns:
+            log.info("%s/%s has no column %s: every %s is text", root_or_hub, subset, name, side)
     table = table if limit is None else table.head(limit)
     texts, paths, counts = _flat_candidates(table)
     rows = np.repeat(np.arange(len(table)), counts)

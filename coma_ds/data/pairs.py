@@ -209,9 +209,10 @@ def compose_side(
     marks = [image_mark(i) for i in range(len(pictures))]
     placed = IMAGE_MARK.findall(text)
     if placed and placed != marks:
+        marks_text = " ".join(marks)
         raise ValueError(
             f"{where}: the text has the image marks {' '.join(placed)} but {len(pictures)} "
-            f"image(s); expected {' '.join(marks) or 'no mark'}, in this order"
+            f"image(s); expected {f'{marks_text}, in this order' if marks else 'no mark'}"
         )
     parts = (instruction, text) if placed else (*marks, instruction, text)
     return Side(" ".join(part for part in parts if part), pictures)

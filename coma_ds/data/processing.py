@@ -94,7 +94,7 @@ class Processing:
         ids = self._remembered.get(text)
         if ids is None:
             _check_unicode(text)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             taken = {self.image_id, *self.compression_ids}.intersection(ids)
             if taken:
                 raise _taken(text, self.tokenizer.convert_ids_to_tokens(min(taken)))

@@ -33,6 +33,7 @@ vectors = embedder.encode(texts=["a red car"])  # float32 [1, width], unit lengt
 """
 STOCK = """```python
 import torch
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 {imports}
@@ -49,7 +50,9 @@ MARK = "<|image_1|>"  # where the image stands in the text; without it, first
 def embed(text="", image=None):
     pixels = {{}}
     if image is not None:
-        pixels = image_processor(images=image.convert("RGB"), return_tensors="pt")
+        image = ImageOps.exif_transpose(image).convert("RGBA")  # upright, on white
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        pixels = image_processor(images=image, return_tensors="pt")
         count = int(pixels["image_grid_thw"].prod()) // image_processor.merge_size**2
         shown = "<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>"
         text = text if MARK in text else " ".join(filter(None, (MARK, text)))

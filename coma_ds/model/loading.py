@@ -32,6 +32,7 @@ from coma_ds.data.processing import (
     load_processing,
     read_config,
 )
+from coma_ds.hardware import SLOW, has_fast_bf16
 from coma_ds.model.adapters import add_adapter
 from coma_ds.model.backbone import Backbone
 from coma_ds.model.embedder import CompressionModel, Temperature
@@ -220,7 +221,7 @@ def build_model(
     itself (``coma_ds.json``).  The tokens start from those of the folder if it has any, else from
     the statistics of the embedding table; the pooling query likewise, else from zero.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "autocast": torch.float32}[precision]
     lm = load_language_model(
         source, weights=config.weights, dtype=dtype, sharding=sharding, seed=seed
     )
@@ -255,8 +256,15 @@ def build_model(
             "numbers"
         )
     query = stored_query(source, extras)
-    if query is not None and pooling.query is not None:
-        pooling.query.data.copy_(query)
+    if query is not None:
+        trained = ("attention", extras.get("pooling_heads", 1))
+        if (config.pooling, config.pooling_heads) == trained:
+            pooling.query.data.copy_(query)
+        elif extras.get("objective") == "match":
+            raise ValueError(
+                f"model.pooling is {config.pooling} ({config.pooling_heads} head(s)), but {source} "
+                f"was trained with attention of {trained[1]} head(s): its query would be lost"
+            )
     temperature = None
     if matching and match.learn_temperature:
         temperature = Temperature(match.temperature, *match.task_temperature.values())
@@ -283,6 +291,8 @@ def load_finished(
     Raises ``ValueError`` as ``load_processing`` and ``load_language_model`` do, and for another
     number of tokens than the model has.
     """
+    if precision != "fp32" and not has_fast_bf16(device.type):
+        log.warning("%s is used in %s: %s", source, precision, SLOW)
     processing = load_processing(
         source, compression_tokens=config.compression_tokens, max_length=config.max_length
     )

@@ -47,7 +47,8 @@ def test_the_slow_rank_is_named(runs, name):
     assert line["step"] == 10 and line["slowest_rank"] == rank
     assert line["slowest_rank_seconds"] >= seconds
     # the other one waited as long, for this one: that is not its own time
-    assert line["median_rank_seconds"] < line["slowest_rank_seconds"] - 0.9 * seconds
+    gap = 2 * (line["slowest_rank_seconds"] - line["median_rank_seconds"])  # of two ranks
+    assert gap > 0.9 * seconds
     assert "slowest_rank" not in runs[name]["lines"][-2]
 
 

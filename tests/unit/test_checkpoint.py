@@ -118,7 +118,9 @@ class TestFind:
         with pytest.raises(ValueError, match=r"b\.pt is not what was written"):
             checkpoints.find(str(newest))
         assert checkpoints.find(str(before)) == before
-        assert checkpoints.find("auto") == before
+        assert checkpoints.find("auto") == before  # for export, which only looks
+        assert newest.is_dir() and (checkpoints.folder / "latest").read_text() == "step-00000099"
+        assert checkpoints.find("auto", going_on=True) == before
         assert "b.pt is not what was written; falling back to the one before" in caplog.text
         # it does not stand in the way of the next one of that step
         assert published(checkpoints.folder) == [before]

@@ -73,6 +73,7 @@ def test_the_vectors_of_the_trainer(tmp_path, family, pooling):
 def test_shorter_vectors(finished):
     embedder = Embedder(finished)
     whole, short = embedder.encode(TEXTS, IMAGES), embedder.encode(TEXTS, IMAGES, width=16)
+    assert np.array_equal(short, embedder.encode(TEXTS, IMAGES, width=np.int64(16)))
     assert short.shape == (4, 16) and short.dtype == np.float32
     want = whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True)
     assert np.abs(short - want).max() <= 1e-6
@@ -104,6 +105,16 @@ def test_merged_adapters_give_the_vectors_of_the_trainer(tmp_path, adapter):
     assert np.abs(got - want).max() <= 1e-5  # W x + s B A x against (W + s B A) x
 
 
+def turned_and_clear() -> tuple[Image.Image, bytes]:
+    """A picture that is clear in parts, and a file that is stored turned."""
+    clear = picture(7).convert("RGBA")
+    clear.putalpha(picture(8).convert("L"))
+    exif, stored = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture(9).save(stored, "PNG", exif=exif)
+    return clear, stored.getvalue()
+
+
 def code_blocks(folder) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
 
@@ -123,6 +134,10 @@ def test_the_recipe_of_the_card_gives_the_vectors(tmp_path, monkeypatch, family,
     exec(stock, names)
     got = torch.stack([names["embed"](t, i) for t, i in zip(TEXTS, IMAGES)]).numpy()
     assert np.abs(got - want).max() <= 1e-5
+    odd = [turned_and_clear()[0], Image.open(io.BytesIO(turned_and_clear()[1]))]
+    want_odd = Embedder(folder).encode(images=odd, batch_size=1)
+    got_odd = torch.stack([names["embed"](image=image) for image in odd]).numpy()
+    assert np.abs(got_odd - want_odd).max() <= 1e-5
     exec(ours, names)
     assert names["vectors"].shape == (1, 64)
     assert np.abs(names["vectors"][0] - want[0]).max() <= 1e-6

@@ -318,6 +318,12 @@ class TestStages:
         folder = export(one, processing, tmp_path / "model")
         two, _ = load(folder, pooling="attention")
         assert torch.equal(two.pooling.query, one.pooling.query)
+        # a query that was trained is neither dropped nor cut in another way
+        for other in ({"pooling": "mean"}, {"pooling": "attention", "pooling_heads": 2}):
+            with pytest.raises(ValueError, match=r"was trained with attention of 1 head\(s\)"):
+                load(folder, **other)
+        extras = json.loads((folder / "coma_ds.json").read_text())
+        (folder / "coma_ds.json").write_text(json.dumps(extras | {"objective": "compress"}))
         assert load(folder, pooling="mean")[0].pooling.query is None
         (folder / "coma_ds_pooling.safetensors").unlink()
         with pytest.raises(ValueError, match=r"pooled by attention, but coma_ds_pooling.safeten"):

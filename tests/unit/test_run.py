@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from coma_ds.config import RunConfig, load_config
 from coma_ds.data.records import RankingTask, Side
-from coma_ds.run import Run
+from coma_ds.run import Run, log_to_stderr
 from tests.tiny import demo_processing
 
 SETTINGS = ["checkpoint.every=0", "logging.tensorboard=false", "logging.progress=false"]
@@ -148,3 +150,19 @@ def test_the_results_of_the_end_are_written(tmp_path, measured, caplog):
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert written["bottleneck"]["colour"]["tokens"] == 0.5 and written["step"] == 7
     assert "results after 7 steps:\nquestion " in caplog.text
+
+
+def test_the_log_stands_above_the_bar(monkeypatch):
+    """In the order on the screen: the bar is wiped away, the line, the bar again below it."""
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    log_to_stderr(main=True)
+    bar = tqdm(total=4, file=screen, ncols=40, desc="compress")
+    bar.update(1)
+    before = len(screen.getvalue())
+    logging.getLogger("coma_ds").info("checkpoint of step 1")
+    said = screen.getvalue()[before:]
+    bar.close()
+    wiped, line, below = said.partition("checkpoint of step 1\n")
+    assert line and wiped.endswith("\r") and not wiped.strip()
+    assert below.startswith("\rcompress: ")

@@ -16,7 +16,7 @@ from coma_ds.data.replacements import Replacements
 from coma_ds.guard import Guard
 from coma_ds.manifest import Manifest, write_manifest
 from coma_ds.run import Run
-from coma_ds.run_folder import changed, check_same, claim, start_over
+from coma_ds.run_folder import changed, check_same, claim, settled, start_over
 
 HOLD = """
 import fcntl, os, sys
@@ -45,6 +45,32 @@ def put_checkpoint(folder: Path, step: int, config: RunConfig | None) -> Path:
     if config is not None:
         (path / "config.yaml").write_text(dump(config))
     return path
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(
+        ("gpu", "capability", "precision"),
+        [(False, "AVX2", "fp32"), (False, "DEFAULT", "fp32"), (False, "AVX512", "bf16"),
+         (True, "AVX2", "bf16")],
+    )  # fmt: skip
+    def test_a_new_run_takes_what_is_fast(self, tmp_path, monkeypatch, gpu, capability, precision):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+        assert settled(config_of(tmp_path)).precision == precision
+        assert settled(config_of(tmp_path, "precision=autocast")).precision == "autocast"
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp32", "autocast"])
+    def test_a_run_that_goes_on_keeps_its_own(self, tmp_path, precision):
+        """Also where another one would be fast."""
+        place = put_checkpoint(tmp_path / "a", 3, config_of(tmp_path, f"precision={precision}"))
+        assert settled(config_of(tmp_path / "a")).precision == precision
+        named = f"checkpoint.resume={place}"
+        assert settled(config_of(tmp_path / "b", named)).precision == precision
+        anew = settled(config_of(tmp_path / "a", "checkpoint.resume=none"))
+        assert anew == settled(
+            config_of(tmp_path / "a", "checkpoint.resume=none", "precision=auto")
+        )
+        assert anew.precision == settled(config_of(tmp_path / "b")).precision
 
 
 class TestClaim:
