@@ -58,7 +58,7 @@ class LoRAConfig(Section):
     rank: int = Field(16, ge=1)
     alpha: int = Field(64, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
 
 
 class ModelConfig(Section):
@@ -298,7 +298,9 @@ class RunConfig(Section):
             )
         size, sub = self.optim.batch_size, self.data.sub_batch
         if self.objective == "match" and size == 1:
-            raise ValueError("optim.batch_size is 1: a pair alone has no negatives, use 2 or more")
+            raise ValueError(
+                "optim.batch_size is 1: a pair alone has no other target to be told from, use 2"
+            )
         if sub and size % sub:
             raise ValueError(f"optim.batch_size {size} is not a multiple of data.sub_batch {sub}")
         return self

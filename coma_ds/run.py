@@ -40,7 +40,7 @@ from coma_ds.model.export import export_model
 from coma_ds.ownership import owns
 from coma_ds.report import describe_run
 from coma_ds.run_folder import CONFIG, check_same, claim, start_over
-from coma_ds.stopping import CONTROL, Request, Requests, Stopped
+from coma_ds.stopping import CONTROL, SWITCHES, Request, Requests, Stopped
 from coma_ds.stragglers import OwnTime
 from coma_ds.versions import versions
 
@@ -102,6 +102,7 @@ class Run:
             if self.config.checkpoint.every or CONTROL in os.environ:
                 self.requests.take_signals()
             if self.main:
+                (self.folder / SWITCHES).mkdir(exist_ok=True)
                 self.requests.announce(step)
                 ds_config = json.dumps(engine.ds_config, indent=2)
                 (self.folder / CONFIG).write_text(dump(self.config))

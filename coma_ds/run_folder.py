@@ -106,10 +106,11 @@ def settled(config: RunConfig) -> RunConfig:
         return config
     precision = "bf16" if has_fast_bf16() else "fp32"
     resume, folder = config.checkpoint.resume, Path(config.output) / "checkpoints"
-    for checkpoint in published(folder)[:1] if resume == "auto" else [Path(resume)]:
-        if (checkpoint / CONFIG).is_file():
-            before = yaml.safe_load((checkpoint / CONFIG).read_text())
-            precision = before.get("precision", precision)
+    for checkpoint in reversed(published(folder)) if resume == "auto" else [Path(resume)]:
+        try:
+            precision = yaml.safe_load((checkpoint / CONFIG).read_text())["precision"]
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            continue  # whether it is whole is judged later, with all its files
     return config.model_copy(update={"precision": precision})
 
 

@@ -33,6 +33,20 @@ torchrun | deepspeed) ;;
 *) fail "COMA_LAUNCHER is '$COMA_LAUNCHER': expected torchrun or deepspeed" ;;
 esac
 
+for name in COMA_RANKS_PER_NODE COMA_MAX_RESTARTS COMA_DS_LEAD_SECONDS COMA_MASTER_PORT \
+    COMA_PREFLIGHT_SECONDS; do
+    if [[ -n ${!name:-} && ! ${!name} =~ ^[0-9]+$ ]]; then
+        fail "$name is '${!name}': expected a whole number"
+    fi
+done
+if [[ ${COMA_RANKS_PER_NODE:-1} =~ ^0+$ ]]; then fail 'COMA_RANKS_PER_NODE is 0: expected 1 or more'; fi
+if [[ ! ${COMA_MIN_FREE_GIB:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
+    fail "COMA_MIN_FREE_GIB is '$COMA_MIN_FREE_GIB': expected a number of GiB"
+fi
+if [[ -n ${COMA_VENV:-} && -z ${COMA_CONTAINER:-} && ! -x $COMA_VENV/bin/python ]]; then
+    fail "COMA_VENV is '$COMA_VENV': there is no bin/python in it"
+fi
+
 if [[ -n ${COMA_MODULES:-} ]]; then
     set +u # the module function of many sites reads what is not set
     # shellcheck source=/dev/null

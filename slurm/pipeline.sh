@@ -46,7 +46,7 @@ submit() { # DEPENDENCY SCRIPT ARGUMENTS: the number of the job
     local after=() number
     if [[ -n $1 ]]; then after=("--dependency=afterok:$1" --kill-on-invalid-dep=yes); fi
     # shellcheck disable=SC2086  # options, split into words
-    number=$(sbatch --parsable ${COMA_SBATCH:-} "${options[@]}" "${after[@]}" "${@:2}")
+    number=$(sbatch --parsable ${COMA_SBATCH:-} "${options[@]}" "${after[@]}" "${@:2}") || return
     echo "${number%%;*}"
 }
 

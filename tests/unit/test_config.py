@@ -202,6 +202,8 @@ def test_every_wrong_value_is_named_at_once() -> None:
             "model.compression_tokens is 0",
         ),
         (["objective=match", "data.format=dialogues"], "data.format 'dialogues' has no pairs"),
+        (["objective=match", "optim.batch_size=1", "data.sub_batch=0"], "optim.batch_size is 1: a"),
+        (["model.lora.targets=[]"], "model.lora.targets"),
         (["data.format=mmeb"], "data.format 'mmeb' has no dialogues"),
         (["data.format=pairs"], "data.format 'pairs' has no dialogues"),
         (

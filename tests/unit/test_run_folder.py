@@ -66,6 +66,10 @@ class TestPrecision:
         assert settled(config_of(tmp_path / "a")).precision == precision
         named = f"checkpoint.resume={place}"
         assert settled(config_of(tmp_path / "b", named)).precision == precision
+        for step, damage in enumerate((b"", b"\xff\xfe", b"- a", b"a: 1", b"a: [")):
+            newer = put_checkpoint(tmp_path / "a", 4 + step, None)
+            (newer / "config.yaml").write_bytes(damage)
+        assert settled(config_of(tmp_path / "a")).precision == precision
         anew = settled(config_of(tmp_path / "a", "checkpoint.resume=none"))
         assert anew == settled(
             config_of(tmp_path / "a", "checkpoint.resume=none", "precision=auto")
