@@ -72,6 +72,8 @@ class MMEBTrain:
         require_columns(
             table, f"{root_or_hub}/{subset}", ("qry", "pos_text"), ", ".join(TRAIN_COLUMNS)
         )
+        sides = {"qry_image_path": "query", "pos_image_path": "target"}
+        _say_what_is_text(table, f"{root_or_hub}/{subset}", sides)
         self._table = table = table if limit is None else table.head(limit)
         self._image_root, self._task = image_root, subset
         self._columns = [text_column(table, name) for name in TRAIN_COLUMNS]
@@ -148,9 +150,8 @@ def mmeb_eval(
     require_columns(
         table, f"{root_or_hub}/{subset}", ("qry_text", "tgt_text"), ", ".join(EVAL_COLUMNS)
     )
-    for name, side in (("qry_img_path", "query"), ("tgt_img_path", "candidate")):
-        if name not in table.columns:
-            log.info("%s/%s has no column %s: every %s is text", root_or_hub, subset, name, side)
+    sides = {"qry_img_path": "query", "tgt_img_path": "candidate"}
+    _say_what_is_text(table, f"{root_or_hub}/{subset}", sides)
     table = table if limit is None else table.head(limit)
     texts, paths, counts = _flat_candidates(table)
     rows = np.repeat(np.arange(len(table)), counts)
@@ -304,6 +305,12 @@ def _spread(values: pa.Array, have: np.ndarray, want: np.ndarray) -> pa.Array:
     listed = np.repeat(have > 0, want)
     at[listed] = np.arange(len(values))
     return pc.fill_null(values.take(pa.array(at, mask=~listed)), "")
+
+
+def _say_what_is_text(table: ArrowTable, where: str, sides: dict[str, str]) -> None:
+    for name, side in sides.items():
+        if name not in table.columns:
+            log.info("%s has no column %s: every %s is text", where, name, side)
 
 
 def _distinct(*columns: pa.Array | None) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -234,13 +233,6 @@ def test_official_names() -> None:
     assert sum(1 for value in OFFICIAL_SETS.values() if value[1] == "IND") == 20
     assert OFFICIAL_SETS["Wiki-SS-NQ"] == ("Ret", "OOD")
     assert OFFICIAL_SETS["Visual7W-Pointing"] == ("VG", "OOD")
-
-
-def test_own_sets_of_texts_alone_are_said_to_be_so(tmp_path: Path, caplog) -> None:
-    caplog.set_level(logging.INFO, logger="coma_ds")
-    _put(tmp_path, "WebQA", [{"qry_text": "a", "tgt_text": ["x", "y"], "tgt_img_path": ["", ""]}])
-    mmeb_eval(str(tmp_path), None, "WebQA")
-    assert caplog.messages == [f"{tmp_path}/WebQA has no column qry_img_path: every query is text"]
 
 
 def test_own_sets_by_index(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""MMEB sets without a column of image paths: texts alone, which is said."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from coma_ds.data.mmeb import MMEBTrain, mmeb_eval
+from tests.unit.test_mmeb import _put
+
+
+def test_own_sets_of_texts_alone_are_said_to_be_so(tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.INFO, logger="coma_ds")
+    for name, column in (("WebQA", {"tgt_img_path": ["", ""]}), ("GQA", {"qry_img_path": ""})):
+        _put(tmp_path, name, [{"qry_text": "a", "tgt_text": ["x", "y"]} | column])
+        mmeb_eval(str(tmp_path), None, name)
+    assert caplog.messages == [
+        f"{tmp_path}/WebQA has no column qry_img_path: every query is text",
+        f"{tmp_path}/GQA has no column tgt_img_path: every candidate is text",
+    ]
+
+
+def test_training_sets_of_texts_alone_are_said_to_be_so(tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.INFO, logger="coma_ds")
+    rows = [{"qry": "a", "qry_img_path": "a.png", "pos_text": "b", "pos_image_path": ""}]
+    _put(tmp_path, "Own", rows, "original")
+    MMEBTrain(str(tmp_path), None, "Own")
+    assert caplog.messages == [f"{tmp_path}/Own has no column qry_image_path: every query is text"]
