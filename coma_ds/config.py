@@ -299,7 +299,7 @@ class RunConfig(Section):
         size, sub = self.optim.batch_size, self.data.sub_batch
         if self.objective == "match" and size == 1:
             raise ValueError(
-                "optim.batch_size is 1: a pair alone has no other target to be told from, use 2"
+                "optim.batch_size is 1: a pair alone has no other target to be told from"
             )
         if sub and size % sub:
             raise ValueError(f"optim.batch_size {size} is not a multiple of data.sub_batch {sub}")
