@@ -6,6 +6,7 @@ Shapes: N sides, E embedding width.
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def evaluate_ranking(
 ) -> dict[str, Any]:
     """The results of ``evaluation.evaluate``, the same on any number of ranks.
 
-    The built-in image-to-image sets have ``pixel_p@1`` as well, what raw pixels reach.
+    The built-in image-to-image sets have ``pixel_p@1`` as well, what raw pixels reach.  ``root``
+    says where the sets are from: a folder, a hub name, or None for the built-in ones.
     """
 
     def encode(sides) -> np.ndarray:
@@ -79,7 +81,9 @@ def evaluate_ranking(
         )
 
     results = evaluate(tasks, encode, watch, config.match.matryoshka)
-    if config.eval.root is None:
+    root = config.eval.root
+    results["root"] = os.path.abspath(root) if root and os.path.isdir(root) else root
+    if root is None:
         for task in tasks:
             if task.name.startswith(IMAGE_TO_IMAGE):
                 results["sets"][task.name]["pixel_p@1"] = pixel_precision(task)

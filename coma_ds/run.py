@@ -39,7 +39,7 @@ from coma_ds.model.card import model_card
 from coma_ds.model.export import export_model
 from coma_ds.ownership import owns
 from coma_ds.report import describe_run
-from coma_ds.run_folder import CONFIG, check_same, claim, start_over
+from coma_ds.run_folder import CONFIG, RESULTS, check_same, claim, forget_results, start_over
 from coma_ds.stopping import CONTROL, SWITCHES, Request, Requests, Stopped
 from coma_ds.stragglers import OwnTime
 from coma_ds.versions import versions
@@ -322,11 +322,13 @@ class Run:
         if not self.keep:
             log.info("dry run: one step done, nothing written")
             return
+        if self.main:
+            forget_results(self.folder, done)
         export_run(self.config, engine, processing, self.folder / "model", done)
         if self.config.eval.at_end:
             results = self.evaluate(engine, processing, done, final=True)
             if self.main:
-                write_results(self.folder / "results.json", results)
+                write_results(self.folder / RESULTS, results)
             aside = UNCOMPARED | {OTHER_OBJECTIVE[self.config.objective]: True}
             settings = flatten(self.config.model_dump(mode="json", exclude=aside))
             self.monitor.hparams(settings, result_tags(curves(results)[1]))

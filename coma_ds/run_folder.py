@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -21,7 +22,8 @@ from coma_ds.stopping import check_not_held
 log = logging.getLogger("coma_ds")
 
 CONFIG = "config.yaml"
-FINISHED = ("model", "results.json", "neighbours.json")
+RESULTS = "results.json"
+FINISHED = ("model", RESULTS, "neighbours.json")
 # What a run may change when it goes on: where things lie, what is watched, how memory is used.
 FREE = (
     *("recipe", "output", "init_from", "deepspeed", "eval.", "checkpoint.", "logging.", "chunk."),
@@ -95,6 +97,19 @@ def start_over(folder: Path) -> None:
     if any(checkpoints.glob("step-*")):
         places = (folder / f"checkpoints-{number}" for number in count(1))
         checkpoints.rename(next(place for place in places if not place.exists()))
+
+
+def forget_results(folder: Path, step: int) -> None:
+    """Remove what was measured after another step than the one whose model is written now."""
+    try:
+        if json.loads((folder / RESULTS).read_text())["step"] == step:
+            return
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):  # of no known step
+        pass
+    for name in FINISHED[1:]:
+        (folder / name).unlink(missing_ok=True)
 
 
 def settled(config: RunConfig) -> RunConfig:

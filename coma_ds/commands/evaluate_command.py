@@ -80,13 +80,27 @@ def execute(args: argparse.Namespace) -> int:
     if comm.rank() == 0:
         file = Path(args.output) if args.output else folder / "results.json"
         before = json.loads(file.read_text()) if file.is_file() else {}
-        if (
-            args.sets and not args.root and "sets" in before
-        ):  # the others stay, and the means are those of all
-            results = summed_up(before["sets"] | results["sets"])
+        others = _others(before, results) if args.sets else {}
+        if others:  # they stay, and the means are those of all
+            results |= summed_up(others | results["sets"])
+            kept = f", beside {len(others)} measured before: {_mean(results)} over all"
         write_results(file, before | results)
-        sys.stdout.write(f"{text}\n-> {file}\n")
+        sys.stdout.write(f"{text}\n-> {file}{kept if others else ''}\n")
     return 0
+
+
+def _others(before: dict, results: dict) -> dict:
+    """The sets of an earlier evaluation that are not measured now; none where those are of another
+    root."""
+    if before.get("root") != results.get("root"):
+        return {}
+    return {
+        name: row for name, row in before.get("sets", {}).items() if name not in results["sets"]
+    }
+
+
+def _mean(results: dict) -> str:
+    return f"P@1 {100 * results['groups']['All']:.1f} %"
 
 
 def _ranking(folder: Path, config: RunConfig, sets: list[str], device: torch.device):

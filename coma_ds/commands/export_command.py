@@ -8,7 +8,8 @@ from pathlib import Path
 
 from coma_ds.commands.evaluate_command import read_run
 
-EXAMPLES = """A checkpoint holds the shards of its ranks, so as many must read it:
+EXAMPLES = """As many ranks as trained read a checkpoint as it is; for another number it is
+converted first, which takes its size on the disk for a while:
   torchrun --nproc-per-node 8 -m coma_ds.commands.main export RUN
 
 examples:

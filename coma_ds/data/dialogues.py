@@ -10,7 +10,7 @@ A row holds
 - optionally ``id``, for messages.
 
 LLaVA writes ``<image>`` into the first question.  It is taken out: the images stand before the
-compression tokens, where the dialogue cannot see them.
+compression tokens, where the dialogue cannot see them.  Other columns are ignored, with a warning.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any
 
 from coma_ds.data.images import as_picture
 from coma_ds.data.records import Dialogue, Picture, Turn
-from coma_ds.data.tables import open_table, require_columns
+from coma_ds.data.tables import Unused, open_table, require_columns
 
 LLAVA_MARK = "<image>"
+_VIDEO_MARK = "<video>"
 COLUMNS = ("id", "image", "images", "conversations", "instruction")
 _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "assistant")
@@ -42,8 +43,8 @@ class DialogueFile:
     Raises:
         ValueError: no such file, or a column is missing.  ``self[row]`` raises it for a row
             that is no dialogue: an odd number of turns, turns out of order, an empty question
-            or answer, no image, or ``<image>`` in a later turn or in another number than the
-            images.
+            or answer, no image, ``<video>``, or ``<image>`` in a later turn or in another number
+            than the images.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class DialogueFile:
         require_columns(self._table, self.path, ("conversations",), "image and conversations")
         if not {"image", "images"} & set(self._table.columns):
             require_columns(self._table, self.path, ("image",), "image and conversations")
+        self._unused = Unused(self.path, COLUMNS)
+        self._unused.warn((*self._table.columns, *self._table.left_out))
         rows = len(self._table)
         self._rows = rows if limit is None else min(rows, limit)
 
@@ -69,6 +72,7 @@ class DialogueFile:
             raise IndexError(f"row {row} of {self._rows}")
         where = self._table.where(row)
         cells = self._table[row]
+        self._unused.warn(cells)
         if cells.get("id") not in (None, ""):
             where = f"{where} (id {cells['id']})"
         images = _pictures(cells, self.image_root, where)
@@ -121,6 +125,8 @@ def _turns(entries: Any, images: int, where: str) -> tuple[Turn, ...]:
                 f"{where}: {LLAVA_MARK} in turn {number}; images stand before the dialogue, "
                 "so only the first question may carry the mark"
             )
+    if any(_VIDEO_MARK in text for text in texts):
+        raise ValueError(f"{where}: {_VIDEO_MARK} in a turn; dialogues are about images alone")
     texts[0] = _without_marks(texts[0], images, where)
     turns = []
     for number in range(0, len(texts), 2):

@@ -29,7 +29,7 @@ from coma_ds.data.mmeb_layout import (
     text_column,
 )
 from coma_ds.data.records import IMAGE_MARK, Pair, RankingTask, Side, image_mark
-from coma_ds.data.tables import ArrowTable, require_columns
+from coma_ds.data.tables import ArrowTable, Unused, require_columns
 
 log = logging.getLogger("coma_ds")
 
@@ -73,7 +73,7 @@ class MMEBTrain:
             table, f"{root_or_hub}/{subset}", ("qry", "pos_text"), ", ".join(TRAIN_COLUMNS)
         )
         sides = {"qry_image_path": "query", "pos_image_path": "target"}
-        _say_what_is_text(table, f"{root_or_hub}/{subset}", sides)
+        _say_what_columns_mean(table, f"{root_or_hub}/{subset}", sides)
         self._table = table = table if limit is None else table.head(limit)
         self._image_root, self._task = image_root, subset
         self._columns = [text_column(table, name) for name in TRAIN_COLUMNS]
@@ -151,7 +151,7 @@ def mmeb_eval(
         table, f"{root_or_hub}/{subset}", ("qry_text", "tgt_text"), ", ".join(EVAL_COLUMNS)
     )
     sides = {"qry_img_path": "query", "tgt_img_path": "candidate"}
-    _say_what_is_text(table, f"{root_or_hub}/{subset}", sides)
+    _say_what_columns_mean(table, f"{root_or_hub}/{subset}", sides)
     table = table if limit is None else table.head(limit)
     texts, paths, counts = _flat_candidates(table)
     rows = np.repeat(np.arange(len(table)), counts)
@@ -307,10 +307,11 @@ def _spread(values: pa.Array, have: np.ndarray, want: np.ndarray) -> pa.Array:
     return pc.fill_null(values.take(pa.array(at, mask=~listed)), "")
 
 
-def _say_what_is_text(table: ArrowTable, where: str, sides: dict[str, str]) -> None:
+def _say_what_columns_mean(table: ArrowTable, where: str, sides: dict[str, str]) -> None:
     for name, side in sides.items():
         if name not in table.columns:
             log.info("%s has no column %s: every %s is text", where, name, side)
+    Unused(where, ()).warn(table.left_out)
 
 
 def _distinct(*columns: pa.Array | None) -> tuple[np.ndarray, np.ndarray]:

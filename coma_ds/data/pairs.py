@@ -25,14 +25,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from coma_ds.data.images import as_picture
 from coma_ds.data.records import IMAGE_MARK, Pair, Picture, Side, image_mark
-from coma_ds.data.tables import ArrowTable, Table, open_table
+from coma_ds.data.tables import ArrowTable, Table, Unused, open_table
 
 COLUMNS = (
     "query", "query_image", "target", "target_image",
@@ -95,7 +95,7 @@ class PairFile:
         at = int(self._rows[row])
         where = self._table.where(at)
         raw = self._table[at]
-        self._warn_of_unused(raw)
+        self._unused.warn(raw)
         cells = {name: self._cell(name, raw.get(actual)) for name, actual in self._names.items()}
         instruction = _text(cells, "instruction", where)
         return Pair(
@@ -122,15 +122,9 @@ class PairFile:
                     f"{', '.join(found)}; expected are {', '.join(COLUMNS)}, other names go "
                     "into 'columns'"
                 )
-        self._known = set(names.values())
-        self._warn_of_unused(found)
+        self._unused = Unused(self.path, names.values())
+        self._unused.warn(found)
         return dict(names)
-
-    def _warn_of_unused(self, names: Iterable[str]) -> None:
-        unused = [name for name in names if name not in self._known]
-        if unused:
-            log.warning("%s: columns %s are not used", self.path, ", ".join(unused))
-            self._known.update(unused)
 
     def _cell(self, name: str, value: Any) -> Any:
         if self._csv and name in _LISTS and isinstance(value, str) and value.startswith("["):

@@ -69,10 +69,10 @@ class BatchOrder:
         if self._by_epoch:
             self.steps_per_epoch = len(self._cycle) // self._per_batch
             if self.steps_per_epoch == 0:
+                whole = f", {len(self._cycle) * unit} of them in whole sub-batches of {unit}"
                 raise ValueError(
-                    f"the sources hold {rows} rows, {len(self._cycle) * unit} of them in whole "
-                    f"sub-batches of {unit}, fewer than one batch of {batch_size}; lower the "
-                    "batch size or add data"
+                    f"the sources hold {rows} rows{whole if unit > 1 else ''}, fewer than one "
+                    f"batch of {batch_size}; lower the batch size or add data"
                 )
         else:
             self.steps_per_epoch = max(1, rows // batch_size)

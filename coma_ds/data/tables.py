@@ -12,6 +12,7 @@ import bisect
 import contextlib
 import csv
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -28,11 +29,14 @@ cache) instead of read into memory."""
 
 _READABLE = ".jsonl, .json, .csv or .parquet"
 
+log = logging.getLogger("coma_ds")
+
 
 class Table(Protocol):
     """Rows as dicts of plain Python values, with the names of their columns."""
 
     columns: tuple[str, ...]
+    left_out: tuple[str, ...]  # further ones of the file, not read
 
     def __len__(self) -> int: ...
 
@@ -46,8 +50,15 @@ class Table(Protocol):
 class ArrowTable:
     """A table over Arrow batches; ``parts`` gives (file name, its rows) in order."""
 
-    def __init__(self, table: pa.Table, parts: Sequence[tuple[str, int]], word: str) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        parts: Sequence[tuple[str, int]],
+        word: str,
+        left_out: Iterable[str] = (),
+    ) -> None:
         self.columns = tuple(table.column_names)
+        self.left_out = tuple(left_out)
         self.arrow = table
         self._batches = table.to_batches()
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
@@ -75,7 +86,9 @@ class ArrowTable:
         kept = [name for name in columns if name in self.columns]
         ends = self._part_ends
         rows = [end - start for start, end in zip([0, *ends], ends)]
-        return ArrowTable(self.arrow.select(kept), list(zip(self._parts, rows)), self._word)
+        left_out = (*self.left_out, *(name for name in self.columns if name not in kept))
+        parts = list(zip(self._parts, rows))
+        return ArrowTable(self.arrow.select(kept), parts, self._word, left_out)
 
     def head(self, rows: int) -> ArrowTable:
         """The first ``rows`` rows."""
@@ -83,7 +96,7 @@ class ArrowTable:
         for name, end, start in zip(self._parts, self._part_ends, [0, *self._part_ends]):
             parts.append((name, min(left, end - start)))
             left -= parts[-1][1]
-        return ArrowTable(self.arrow.slice(0, rows), parts, self._word)
+        return ArrowTable(self.arrow.slice(0, rows), parts, self._word, self.left_out)
 
 
 class JsonTable:
@@ -91,6 +104,8 @@ class JsonTable:
 
     The text stays in the file (JSONL) or, for a JSON list, in memory.
     """
+
+    left_out = ()
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -135,8 +150,22 @@ class JsonTable:
         return f"{self._path} {self._word} {int(self._lines[row]) + self._first}"
 
 
+class Unused:
+    """Says which columns of a file are not used, each once."""
+
+    def __init__(self, path: str, known: Iterable[str]) -> None:
+        self._path, self._known = path, set(known)
+
+    def warn(self, names: Iterable[str]) -> None:
+        """Log those of ``names`` that are not known and were not named before."""
+        unused = [name for name in names if name not in self._known]
+        if unused:
+            log.warning("%s: columns %s are not used", self._path, ", ".join(unused))
+            self._known.update(unused)
+
+
 def open_table(path: str | os.PathLike[str], columns: Iterable[str] | None = None) -> Table:
-    """The table at ``path``: a file, or a folder whose parquet (else JSONL) files are its parts.
+    """The table at ``path``: a file, or a folder whose parquet files are its parts.
 
     Args:
         path: ``.jsonl``, ``.json`` (one list of objects), ``.csv``, ``.parquet`` or a folder.
@@ -175,6 +204,7 @@ def read_parquet(files: Sequence[str], columns: Iterable[str] | None = None) -> 
     """
     wanted = None if columns is None else set(columns)
     size, rows, tables = 0, [], []
+    left_out: dict[str, None] = {}  # in their order
     for file in files:
         try:
             metadata = pa.parquet.read_metadata(file)
@@ -187,11 +217,15 @@ def read_parquet(files: Sequence[str], columns: Iterable[str] | None = None) -> 
         rows.append((file, metadata.num_rows))
     if not sum(count for _, count in rows):
         raise ValueError(f"{files[0]}: the file holds no rows")
-    if size >= MAPPED_FROM_BYTES:
-        return ArrowTable(_mapped(files, wanted), rows, "row")
     for file in files:
         names = pa.parquet.read_schema(file).names
         _refuse_twins(file, names)
+        if wanted is not None:
+            left_out |= dict.fromkeys(name for name in names if name not in wanted)
+    if size >= MAPPED_FROM_BYTES:
+        return ArrowTable(_mapped(files, wanted), rows, "row", left_out)
+    for file in files:
+        names = pa.parquet.read_schema(file).names
         kept = None if wanted is None else [name for name in names if name in wanted]
         try:
             tables.append(pa.parquet.read_table(file, columns=kept, partitioning=None))
@@ -206,7 +240,7 @@ def read_parquet(files: Sequence[str], columns: Iterable[str] | None = None) -> 
             f"{files[0]} and its sister files have columns that do not fit together "
             f"({_first_line(error)})"
         ) from None
-    return ArrowTable(table, rows, "row")
+    return ArrowTable(table, rows, "row", left_out)
 
 
 def read_hub(name: str, subset: str, split: str) -> ArrowTable:

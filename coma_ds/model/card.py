@@ -119,5 +119,6 @@ With coma-ds:
 With transformers alone, one input at a time:
 
 {stock}
-coma-ds cuts texts to {config.model.max_length} tokens; the recipe above does not.
+coma-ds cuts texts to {config.model.max_length} tokens and scales 16-bit grey images to 8 bits; the
+recipe above does neither.
 """

@@ -57,22 +57,22 @@ class Job:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return [(line["step"], line["loss"]) for line in lines if line["group"] == "train"]
 
-    def wait_for_step(self, step: int, limit: float = 120) -> None:
+    def wait_for_step(self, step: int, limit: float = 240) -> None:
         """Wait until a step is logged."""
         self._wait_for(lambda: (self.losses() or [(0, 0.0)])[-1][0] >= step, f"step {step}", limit)
 
-    def wait_for_published(self, step: int, limit: float = 120) -> None:
+    def wait_for_published(self, step: int, limit: float = 240) -> None:
         """Wait until this step or a later one is published."""
         self._wait_for(lambda: self.published >= step, f"step {step} is published", limit)
 
-    def wait_for_words(self, words: str, limit: float = 120) -> None:
+    def wait_for_words(self, words: str, limit: float = 240) -> None:
         """Wait until the log has ``words``."""
         self._wait_for(lambda: words in self.log, repr(words), limit)
 
     def _wait_for(self, what: Callable[[], object], name: str, limit: float) -> None:
         wait_for(what, limit, f"{name} of job {self.name}", log=lambda: self.log)
 
-    def wait_for_start(self, restart: int, limit: float = 120) -> None:
+    def wait_for_start(self, restart: int, limit: float = 240) -> None:
         """Wait until a start of the job has begun."""
         self.wait_for_words(f"restart {restart}: ", limit=limit)
 

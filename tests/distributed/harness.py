@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
+# A world that hangs; the longest takes 140 s on two idle cores, twice or thrice that beside others.
+LIMIT = 600.0  # seconds
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -52,7 +55,7 @@ def _rank_main(
     comm.leave(code)
 
 
-def run_world(world: int, target: str, *, limit: float = 240, **arguments) -> list:
+def run_world(world: int, target: str, *, limit: float = LIMIT, **arguments) -> list:
     """What ``module:function(**arguments)`` returns on each rank (JSON values), in rank order.
 
     Fails when a rank fails or dies, with its trace, and when the limit (seconds) is over, with

@@ -42,7 +42,7 @@ def command(launcher: str, port: str) -> list[str]:
     }[launcher]  # fmt: skip
 
 
-def launch(launcher: str, script: str, *arguments: str, limit: float = 180, port: int = 0) -> Ended:
+def launch(launcher: str, script: str, *arguments: str, limit: float = 300, port: int = 0) -> Ended:
     """Run ``script`` (relative to the root) and wait; fails when the limit (seconds) is over.
 
     ``port`` 0: one that is free.

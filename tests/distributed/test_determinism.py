@@ -28,7 +28,7 @@ def run_all(world: int, names: list[str], folder: Path) -> dict[str, dict]:
         {"output": str(folder / name.replace(" ", "-")), "arguments": [*RUNS[name], STEPS]}
         for name in names
     ]
-    found = run_world(world, "tests.distributed.training:train_each", limit=240, runs=runs)[0]
+    found = run_world(world, "tests.distributed.training:train_each", runs=runs)[0]
     return dict(zip(names, found))
 
 

@@ -56,7 +56,7 @@ def arguments(kind: str, base: Path) -> list[str]:
 def whole(folders, base) -> dict[str, dict]:
     """Every kind on two ranks, not interrupted; with the samples that both have seen."""
     wanted = [{"output": str(folders[k]), "arguments": arguments(k, base)} for k in KINDS]
-    ranks = run_world(2, TARGET, limit=240, runs=wanted)
+    ranks = run_world(2, TARGET, runs=wanted)
     return {k: run | {"samples": samples(runs)} for k, run, *runs in zip(KINDS, ranks[0], *ranks)}
 
 
@@ -80,7 +80,7 @@ def again(kind: str, folders, base, name: str, *more: str) -> dict:
 @pytest.mark.parametrize("world, kinds", [(1, [*KINDS]), (4, ["lora at 3", "full at 2"])])
 def test_another_number_of_ranks_goes_on_equally(whole, folders, base, world, kinds):
     wanted = [again(kind, folders, base, f"on-{world}") for kind in kinds]
-    ranks = run_world(world, TARGET, limit=280, runs=wanted)
+    ranks = run_world(world, TARGET, runs=wanted)
     for kind, run, *runs in zip(kinds, ranks[0], *ranks):
         assert samples(runs) == whole[kind]["samples"][3:]
         said = "\n".join(run["said"])
@@ -97,7 +97,7 @@ def test_another_number_of_ranks_goes_on_equally(whole, folders, base, world, ki
 
 def test_another_stage_where_deepspeed_can(whole, folders, base):
     wanted = [again(k, folders, base, "stage", more) for k, more in OTHER_STAGE.items()]
-    found = dict(zip(OTHER_STAGE, run_world(2, TARGET, limit=240, runs=wanted)[0]))
+    found = dict(zip(OTHER_STAGE, run_world(2, TARGET, runs=wanted)[0]))
     for kind, run in found.items():
         pairs = zip(losses(whole[kind])[3:], losses(run), strict=True)
         assert all(own[1] == pytest.approx(loss[1], **CLOSE) for loss, own in pairs), kind

@@ -62,7 +62,7 @@ def ranks(folders) -> list[dict[str, dict]]:
         "finished": none,
         "replaced": {**none, "arguments": [*none["arguments"], "checkpoint.resume=none"]},
     }
-    found = run_world(2, TARGET, limit=240, runs=list(wanted.values()))
+    found = run_world(2, TARGET, runs=list(wanted.values()))
     return [dict(zip(wanted, rank)) for rank in found]
 
 

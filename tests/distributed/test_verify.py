@@ -33,7 +33,7 @@ def found(world: int, name: str) -> list[dict]:
         _results[world] = []
         listed = [asdict(case) for case in WORLDS[world]]
         target = "tests.distributed.verifying:verify_each"
-        _results[world] = run_world(world, target, limit=200, cases=listed)
+        _results[world] = run_world(world, target, cases=listed)
     assert _results[world], "the world of this case failed, see the first of its tests"
     return [rank[name] for rank in _results[world]]
 

@@ -38,7 +38,7 @@ def runs(place) -> dict[str, dict]:
     first = {"output": str(place / "first"), "arguments": RUN, "stop_after": 5}
     copies = {kind: str(folder(place, kind)) for kind in KINDS}
     target = "tests.faults.broken_runs:go_on_each"
-    return run_world(2, target, limit=200, first=first, copies=copies, arguments=RUN)[0]
+    return run_world(2, target, first=first, copies=copies, arguments=RUN)[0]
 
 
 @pytest.fixture(scope="module")

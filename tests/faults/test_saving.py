@@ -46,7 +46,7 @@ def runs(place) -> dict[str, list[dict]]:
         "held, again": run(place / "held", *seldom),
         "taken": run(place / "taken", at_3="take-over"),
     }
-    found = run_world(2, TARGET, limit=200, runs=list(wanted.values()))
+    found = run_world(2, TARGET, runs=list(wanted.values()))
     return {name: list(pair) for name, pair in zip(wanted, zip(*found))}
 
 
@@ -103,7 +103,7 @@ def broken(place) -> dict[str, list[dict]]:
         wanted[f"{name} jump"] = run(other, *jumps, base=FULL, at_2="low 0.001")
     end = run(place / "nan-end", base=FULL, at_2="nan", at_3="nan")
     end["arguments"].append("guard.skips_in_a_row=2")
-    found = run_world(2, TARGET, limit=200, runs=[*wanted.values(), end])
+    found = run_world(2, TARGET, runs=[*wanted.values(), end])
     return {name: list(pair) for name, pair in zip([*wanted, "end"], zip(*found))}
 
 
@@ -158,7 +158,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_costs_a_checkpoint_and_no_more(small_disk, runs):
     output = small_disk / "run"
     first, _ = run_world(
-        2, TARGET, limit=120, runs=[run(output, at_3="fill", at_5="free")]
+        2, TARGET, runs=[run(output, at_3="fill", at_5="free")]
     )  # step 4 finds no room
     told = "\n".join(first[0]["said"])
     assert first[0]["code"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,22 @@ def test_llava_jsonl(tmp_path: Path) -> None:
     assert len(DialogueFile(path, tmp_path, limit=2)) == 2
     with pytest.raises(IndexError):
         DialogueFile(path, tmp_path, limit=2)[2]
+
+
+def test_unused_columns_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="coma_ds")
+    rows = [_row(), _row(source="web"), _row(source="web", model="x")]
+    lines = _jsonl(tmp_path, *rows)
+    data = DialogueFile(lines, tmp_path)
+    assert not caplog.messages
+    data[1], data[1], data[2]
+    pa.parquet.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "talks.parquet")
+    DialogueFile(tmp_path / "talks.parquet", tmp_path)[0]
+    assert caplog.messages == [
+        f"{lines}: columns source are not used",
+        f"{lines}: columns model are not used",
+        f"{tmp_path}/talks.parquet: columns source are not used",
+    ]
 
 
 def test_json_list_and_blank_lines(tmp_path: Path) -> None:
@@ -129,6 +146,10 @@ def test_parquet_with_lists_and_a_file_larger_than_memory_allows(
         ({"conversations": _talk("a", " ")}, "turn 1 is an empty text"),
         ({"conversations": _talk("<image>\n", "b")}, "turn 0 is an empty text"),
         ({"conversations": _talk("a", "b", "<image> c", "d")}, "<image> in turn 2"),
+        (
+            {"conversations": _talk("a <video>", "b")},
+            "<video> in a turn; dialogues are about images",
+        ),
         ({"conversations": _talk("a", "b <image>")}, "<image> in turn 1"),
         ({"conversations": _talk("<image><image> a", "b")}, r"2 <image> .* but 1 image\(s\)"),
         ({"conversations": ["a", "b"]}, r"turn 0 must be \{'from', 'value'\}, got 'a'"),

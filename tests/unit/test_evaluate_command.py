@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
+
 from coma_ds.commands import evaluate_command
 from coma_ds.commands.main import run
 from coma_ds.config import dump, load_config
+from coma_ds.evaluation import group_means
+from coma_ds.run_folder import forget_results
 
 
-def test_another_root_has_other_sets(tmp_path, monkeypatch):
-    """``eval.sets`` of the run name sets of its own data."""
+@pytest.fixture
+def asked(tmp_path, monkeypatch) -> list:
+    """What a finished run in ``tmp_path`` is asked to measure; each set named has P@1 1."""
     (tmp_path / "config.yaml").write_text(
         dump(load_config("demo-match", ["eval.sets=[name_t2i/seen]"]))
     )
@@ -18,11 +26,46 @@ def test_another_root_has_other_sets(tmp_path, monkeypatch):
 
     def ranking(folder, config, names, device):
         seen.append((config.eval.root, config.eval.sets))
-        return {"sets": {}, "groups": {}}, "table"
+        found = {name: {"group": "Ret", "domain": "OOD", "p@1": 1.0} for name in names or ["c"]}
+        return {"sets": found, "groups": group_means(found), "root": config.eval.root}, "table"
 
     monkeypatch.setattr(evaluate_command, "_ranking", ranking)
     monkeypatch.setattr("coma_ds.engine.start", lambda: "cpu")
     monkeypatch.setattr("coma_ds.run.log_to_stderr", lambda main: None)
+    return seen
+
+
+def test_another_root_has_other_sets(tmp_path, asked):
+    """``eval.sets`` of the run name sets of its own data."""
     assert run(["evaluate", str(tmp_path), "--root", "/other"]) == 0
     assert run(["evaluate", str(tmp_path)]) == 0
-    assert seen == [("/other", ()), (None, ("name_t2i/seen",))]
+    assert asked == [("/other", ()), (None, ("name_t2i/seen",))]
+
+
+def test_sets_of_two_roots_are_not_averaged(tmp_path, asked, capsys):
+    def sets(*words: str) -> list[str]:
+        assert run(["evaluate", str(tmp_path), *words]) == 0
+        return list(json.loads((tmp_path / "results.json").read_text())["sets"])
+
+    assert sets("--root", "/one", "--sets", "a", "b") == ["a", "b"]
+    assert sets("--root", "/one", "--sets", "b", "d") == ["a", "b", "d"]
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith("results.json, beside 1 measured before: P@1 100.0 % over all")
+    assert sets("--root", "/two", "--sets", "e") == ["e"]
+    assert sets("--sets", "f") == ["f"]
+    assert "beside" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "stays"),
+    [('{"step": 4}', True), ('{"step": 3}', False), ("{}", False), ("{", False), ("[]", False)],
+)
+def test_results_of_another_step_do_not_outlive_its_model(tmp_path: Path, text: str, stays: bool):
+    forget_results(tmp_path, 4)
+    (tmp_path / "results.json").write_text(text)
+    (tmp_path / "neighbours.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    forget_results(tmp_path, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"} | (
+        {"results.json", "neighbours.json"} if stays else set()
+    )

@@ -1,4 +1,4 @@
-"""MMEB sets without a column of image paths: texts alone, which is said."""
+"""MMEB sets without a column of image paths are texts alone: said, as unused columns are."""
 
 from __future__ import annotations
 
@@ -25,4 +25,7 @@ def test_training_sets_of_texts_alone_are_said_to_be_so(tmp_path: Path, caplog) 
     rows = [{"qry": "a", "qry_img_path": "a.png", "pos_text": "b", "pos_image_path": ""}]
     _put(tmp_path, "Own", rows, "original")
     MMEBTrain(str(tmp_path), None, "Own")
-    assert caplog.messages == [f"{tmp_path}/Own has no column qry_image_path: every query is text"]
+    assert caplog.messages == [
+        f"{tmp_path}/Own has no column qry_image_path: every query is text",
+        f"{tmp_path}/Own: columns qry_img_path are not used",
+    ]

@@ -223,7 +223,7 @@ def test_local_batches_and_sources_feed_a_loader() -> None:
         (({"a": 9}, 8, 0, "equal"), "weighting 'equal' is not one of uniform, proportional"),
         (({"a": 9}, 0), "batch size 0 must be at least 1"),
         (({"a": 9}, 4, 0, "uniform", -1), "seed -1 not negative"),
-        (({"a": 7}, 8), r"the sources hold 7 rows, 7 of them .* fewer than one batch of 8"),
+        (({"a": 7}, 8), "the sources hold 7 rows, fewer than one batch of 8"),
         (({"a": 7, "b": 7}, 12, 4, "proportional"), "14 rows, 8 of them in whole sub-batches of 4"),
         (({"a": 99, "b": 5}, 12, 2), r"source 'b' has 5 rows but uniform .* takes up to 6"),
     ],

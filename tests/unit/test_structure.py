@@ -269,7 +269,7 @@ def hugging_face_kernels(folder: Path) -> Path:
 def run(code: list[str], path: list[Path], cwd: Path) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     return subprocess.run(
-        [sys.executable, *code], env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, *code], env=env, cwd=cwd, capture_output=True, text=True, timeout=300
     )
 
 
