@@ -59,7 +59,8 @@ class Published:
 class Checkpoints:
     """The checkpoints of one run.  Every rank calls every method, at the same places.
 
-    ``owned`` says whether the folder is still this run's; the thread asks before it publishes.
+    ``owned`` says whether the folder is still this run's: asked before a save and before it is
+    published.  ``start`` tells what this one stages from what an older start still writes.
     ``announce(step)`` is called by rank 0 after each.
     """
 
@@ -69,8 +70,9 @@ class Checkpoints:
         config: CheckpointConfig,
         owned: Callable[[], bool] = lambda: True,
         announce: Callable[[int], None] = lambda step: None,
+        start: int = 0,
     ) -> None:
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.start = folder, config, start
         self._owned, self._announce = owned, announce
         self._thread: threading.Thread | None = None
         self._outcome: Published | None = None
@@ -93,8 +95,8 @@ class Checkpoints:
         if comm.broadcast(whole(self.folder / step_name(step)) is not None):
             return None
         began = time.monotonic()
-        staging = self.folder / f"{STAGING}{step_name(step)}"
-        problem = comm.broadcast(_prepare(staging) if comm.rank() == 0 else "")
+        staging = self.folder / f"{STAGING}{self.start}-{step_name(step)}"
+        problem = comm.broadcast(self._prepare(staging) if comm.rank() == 0 else "")
         files, errors = ([], [problem]) if problem else engine.save(self.folder, staging.name)
         if comm.rank() == 0 and not problem:
             errors += _write(staging, extra or {}, files)
@@ -113,6 +115,20 @@ class Checkpoints:
         )
         self._thread.start()
         return None
+
+    def _lost(self) -> str:
+        return f"{self.folder} belongs to a newer start of this run"
+
+    def _prepare(self, staging: Path) -> str:
+        """An empty folder, or why there is none."""
+        if not self._owned():
+            return self._lost()
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        except OSError as error:
+            return str(error)
+        return ""
 
     def _publish(self, staging: Path, files: list[Path], manifest: Manifest, waited: float) -> None:
         began = time.monotonic()
@@ -133,7 +149,7 @@ class Checkpoints:
         sync(staging)
         target = self.folder / step_name(manifest.step)
         if not self._owned():
-            raise ValueError(f"{self.folder} belongs to a newer start of this run")
+            raise ValueError(self._lost())
         if target.is_dir():
             set_aside(target)
         staging.rename(target)
@@ -210,15 +226,6 @@ class Checkpoints:
 def _agreed_problems(path: Path) -> list[str]:
     found = comm.all_objects(problems(path, comm.rank(), comm.world_size()))
     return [problem for part in found for problem in part]
-
-
-def _prepare(staging: Path) -> str:
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def _write(staging: Path, extra: dict[str, str], files: list[Path]) -> list[str]:

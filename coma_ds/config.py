@@ -231,7 +231,9 @@ class CheckpointConfig(Section):
     resume: str = "auto"  # auto | none | a checkpoint folder
     keep_last: int = Field(2, ge=0)  # 0: all
     keep_every: int = Field(0, ge=0)  # those of steps that it divides stay as well; 0: none
-    best: str = ""  # an evaluated value: the checkpoint where it was highest stays as well
+    # An evaluated value (group/All, the name of a set, KIND/tokens in stage 1): the checkpoint
+    # where it was highest stays as well.
+    best: str = ""
 
 
 class GuardConfig(Section):

@@ -62,6 +62,8 @@ def _idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     if not (ways.every or ways.at_end):
         for leaf in ("root", "image_root", "sets", "along", "batch_size", "path"):
             yield f"eval.{leaf}", "eval.at_end=false and eval.every=0: nothing is evaluated"
+    if not (ways.every and config.checkpoint.every):
+        yield "checkpoint.best", "eval.every=0 or checkpoint.every=0: none is measured on the way"
     if matching and not ways.every:
         yield "eval.along", "eval.every=0: no evaluation on the way"
     asked = ways.root if matching else ways.path

@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -31,6 +30,7 @@ from deepspeed.utils import safe_get_full_grad, safe_set_full_grad, set_z3_leaf_
 
 from coma_ds import comm
 from coma_ds.config import RunConfig
+from coma_ds.disk import room
 from coma_ds.mechanics import deepspeed_config
 from coma_ds.optim import learning_rate
 
@@ -300,10 +300,7 @@ class _Writer(TorchCheckpointEngine):
             self.engine.save(state_dict, path)
             self.files.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch does not tell a full disk as such
-            free = shutil.disk_usage(Path(path).parent).free / 2**20
-            self.problems.append(
-                f"{path} cannot be written, {free:.0f} MB are free there ({error})"
-            )
+            self.problems.append(f"{path} cannot be written, {room(Path(path))} ({error})")
 
 
 def _drop_frozen(module, state: dict, prefix: str, _) -> None:

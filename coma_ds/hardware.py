@@ -1,6 +1,8 @@
-"""What the machine computes well."""
+"""What the machine computes well, and the memory that a rank has used."""
 
 from __future__ import annotations
+
+import resource
 
 import torch
 
@@ -16,3 +18,10 @@ def has_fast_bf16(device: str = "") -> bool:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return device != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def memory_mib() -> float:
+    """Peak memory of this rank: of its GPU, or of its process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,7 +1,7 @@
 """What a published checkpoint is made of, whether it is whole, and which ones are kept.
 
 Files only, no engine.  A checkpoint is a folder ``step-00000100`` with a ``manifest.json``: every
-other file of it with its size and its hash.
+other file of it with its size and its hash, and the hash of all that stands in the manifest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 
 log = logging.getLogger("coma_ds")
@@ -65,7 +66,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last file of a checkpoint."""
-    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    tree = asdict(manifest)
+    write_atomically(folder / MANIFEST, json.dumps(tree | {"hash": _hash_of(tree)}, indent=1))
+
+
+def _hash_of(tree: dict) -> str:
+    text = json.dumps(tree, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -74,15 +81,18 @@ def read_manifest(checkpoint: Path) -> Manifest:
     Raises ``ValueError`` that names what is wrong.
     """
     try:
-        manifest = Manifest(**json.loads((checkpoint / MANIFEST).read_text()))
-        for name, (size, _) in manifest.files.items():
-            file = checkpoint / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise ValueError(
-                    f"checkpoint {checkpoint}: {name} is missing or not {size} bytes long"
-                )
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+        tree = dict(json.loads((checkpoint / MANIFEST).read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {checkpoint}: no readable {MANIFEST} ({error})") from None
+    if tree.pop("hash", None) != _hash_of(tree):
+        raise ValueError(f"checkpoint {checkpoint}: {MANIFEST} is not what was written")
+    manifest = Manifest(**tree)
+    if checkpoint.name.startswith("step-") and checkpoint.name != step_name(manifest.step):
+        raise ValueError(f"checkpoint {checkpoint}: it is of step {manifest.step}")
+    for name, (size, _) in manifest.files.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"checkpoint {checkpoint}: {name} is missing or not {size} bytes long")
     return manifest
 
 
@@ -133,6 +143,28 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def set_apart(checkpoints: Path, *, after: int) -> Path | None:
+    """Move those of later steps than ``after`` into ``checkpoints-1`` (2, ...) beside the folder.
+
+    They would be taken for those of the run that goes on here, which does not write a step that is
+    published already.  Returns where they are; None where there are none.
+    """
+    later = [path for path in published(checkpoints) if path.name > step_name(after)]
+    if not later:
+        return None
+    places = (checkpoints.with_name(f"{checkpoints.name}-{n}") for n in count(1))
+    place = next(place for place in places if not place.exists())
+    place.mkdir()
+    for path in later:
+        path.rename(place / path.name)
+    left = published(checkpoints)
+    if left:
+        write_atomically(checkpoints / POINTER, left[0].name)
+    else:
+        (checkpoints / POINTER).unlink(missing_ok=True)
+    return place
 
 
 def set_aside(checkpoint: Path) -> None:

@@ -46,7 +46,7 @@ class Monitor:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _keep_before(path, resume_step)
+        keep_before(path, resume_step)
         self._file = path.open("a")
         if tensorboard:
             purge = resume_step or None
@@ -135,8 +135,8 @@ class Monitor:
             self._board.close()
 
 
-def _keep_before(path: Path, step: int) -> None:
-    """Drop the lines of ``step`` and later, and a last line that was cut off."""
+def keep_before(path: Path, step: int) -> None:
+    """Drop the lines of ``step`` and later, and a last line that was cut off, of a JSONL file."""
     if not path.is_file():
         return
     kept = []

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from coma_ds.manifest import write_atomically
@@ -16,7 +16,11 @@ OWNER = ".owner.json"
 
 @dataclass(frozen=True)
 class Incarnation:
-    """One start of a run: ``number`` counts them; ``job`` and ``restart`` are SLURM's."""
+    """One start of a run: ``number`` counts them; ``job`` and ``restart`` are SLURM's.
+
+    ``began``: this start, or an earlier one of the same job, has made the folder its own, so that
+    the checkpoints there are the job's.
+    """
 
     number: int
     token: str
@@ -24,6 +28,7 @@ class Incarnation:
     process: int
     job: str = ""
     restart: int = 0
+    began: bool = False
 
     def __str__(self) -> str:
         job = f", job {self.job}, restart {self.restart}" if self.job else ""
@@ -41,7 +46,7 @@ def read_owner(folder: Path) -> Incarnation | None:
 def this_start(folder: Path) -> Incarnation:
     """An incarnation for this process, one above the owner."""
     before = read_owner(folder)
-    return Incarnation(
+    mine = Incarnation(
         number=before.number + 1 if before else 1,
         token=uuid.uuid4().hex,
         host=socket.gethostname(),
@@ -49,6 +54,7 @@ def this_start(folder: Path) -> Incarnation:
         job=os.environ.get("SLURM_JOB_ID", ""),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
     )
+    return replace(mine, began=takes_over(mine, before) and before.began)
 
 
 def takes_over(mine: Incarnation, owner: Incarnation | None) -> bool:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from coma_ds import comm
+from coma_ds import comm, run_folder
 from coma_ds.assemble import TrainingData
 from coma_ds.assessment import (
     bottleneck_questions,
@@ -32,17 +32,16 @@ from coma_ds.data.replacements import Replacements
 from coma_ds.displays import Displays, bottleneck_table, curves, result_tags
 from coma_ds.engine import Engine, StepResult, full_parameters
 from coma_ds.evaluation import format_table, write_results
-from coma_ds.guard import Guard
+from coma_ds.guard import SKIPPED_FILE, Guard
+from coma_ds.hardware import memory_mib
 from coma_ds.manifest import read_manifest
-from coma_ds.metrics import Monitor, flatten
+from coma_ds.metrics import Monitor, flatten, keep_before
 from coma_ds.model.card import model_card
 from coma_ds.model.export import export_model
 from coma_ds.ownership import owns
 from coma_ds.report import describe_run
-from coma_ds.run_folder import CONFIG, RESULTS, check_same, claim, forget_results, start_over
-from coma_ds.stopping import CONTROL, SWITCHES, Request, Requests, Stopped
+from coma_ds.stopping import CONTROL, Finished, Request, Requests, Stopped
 from coma_ds.stragglers import OwnTime
-from coma_ds.versions import versions
 
 log = logging.getLogger("coma_ds")
 
@@ -75,15 +74,17 @@ class Run:
         self.values: dict[str, float] = {}  # of the last evaluation
         self.evaluated = -1  # the step after which that was
         log_to_stderr(self.main)
-        mine = comm.decide(lambda: claim(config, keep=keep))
+        mine = comm.decide(lambda: run_folder.claim(config, keep=keep))
 
         def owned() -> bool:
             return mine is None or owns(self.folder, mine)
 
         self.requests = Requests(self.folder, owned)
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", config.checkpoint, owned, self.requests.announce
-        )
+            self.folder / "checkpoints", config.checkpoint, owned, self.requests.announce,
+            start=mine.number if mine else 0,
+        )  # fmt: skip
+        self._mine = mine
         self.guard = Guard(config.guard, self.folder if keep and self.main else None)
 
     def report_start(self, engine: Engine, data: TrainingData, source: str) -> None:
@@ -96,30 +97,33 @@ class Run:
 
         From here on the folder is this run's: its config and versions are written.
         """
-        step = 0
+        step, own = 0, True  # of this folder, so that its metrics are this run's
         if self.keep:
-            step = self._load(engine)
-            if self.config.checkpoint.every or CONTROL in os.environ:
-                self.requests.take_signals()
+            step, own = self._load(engine)
+            self.requests.take_signals(bool(self.config.checkpoint.every or CONTROL in os.environ))
+            begin = partial(run_folder.begin, self.config, self._mine, engine.ds_config)
+            comm.decide(begin)
             if self.main:
-                (self.folder / SWITCHES).mkdir(exist_ok=True)
                 self.requests.announce(step)
-                ds_config = json.dumps(engine.ds_config, indent=2)
-                (self.folder / CONFIG).write_text(dump(self.config))
-                (self.folder / "ds_config.json").write_text(f"{ds_config}\n")
-                (self.folder / "versions.txt").write_text(versions())
         logging_config = self.config.logging
         active = self.keep and self.main
+        first = step + 1 if own else 1
         self.monitor = Monitor(
-            self.folder, active=active, tensorboard=logging_config.tensorboard, resume_step=step + 1
+            self.folder, active=active, tensorboard=logging_config.tensorboard, resume_step=first
         )
+        if active:
+            keep_before(self.folder / SKIPPED_FILE, first)
         self.monitor.text("config", f"```\n{dump(self.config)}```")
         if self.main and logging_config.progress and sys.stderr.isatty():
             steps = self.config.optim.steps
             self.bar = tqdm(total=steps, initial=step, desc=self.config.objective, unit="step")
         return step
 
-    def _load(self, engine: Engine) -> int:
+    def _load(self, engine: Engine) -> tuple[int, bool]:
+        """The first step to take, and whether what went before it was in this folder.
+
+        Raises ``Finished`` where there is none to take and nothing to write.
+        """
         config = self.config
         if self.main:
             self.checkpoints.clean()
@@ -128,18 +132,23 @@ class Run:
             if self.main and (self.folder / "metrics.jsonl").is_file():
                 log.info("%s has no checkpoint to go on from: the run starts over", self.folder)
             if self.main:
-                start_over(self.folder)
-            return 0
+                run_folder.start_over(self.folder)
+            return 0, True
         step = read_manifest(path).step
-        for difference in comm.decide(lambda: check_same(config, path, step)):
+        for difference in comm.decide(lambda: run_folder.check_same(config, path, step)):
             log.warning("changed since the checkpoint: %s", difference)
+        own = comm.decide(lambda: path.resolve().parent == self.checkpoints.folder.resolve())
+        last = own and step == config.optim.steps
+        if comm.decide(lambda: last and run_folder.is_finished(config)):
+            raise Finished(self.folder, step)
         load_checkpoint(engine, path, config.init_from or config.model.path)
+        comm.decide(lambda: run_folder.go_back(self.folder, step if own else -1))
         state = json.loads((path / STATE).read_text())
         self.seconds = state["seconds"]
         self.guard.load(state["guard"])
         self.replacements.load(state["replaced_rows"])
         log.info("resumed %s: step %d of %d", path, step, config.optim.steps)
-        return step
+        return step, own
 
     def guarded_step(
         self, engine: Engine, data: TrainingData, step: int, loss: float
@@ -236,7 +245,7 @@ class Run:
         self._tell(self.checkpoints.settle())
         remembered = {"guard": self.guard, "replaced_rows": self.replacements}
         state = {"seconds": self.seconds} | {k: v.state() for k, v in remembered.items()}
-        extra = {STATE: json.dumps(state), CONFIG: dump(self.config)}
+        extra = {STATE: json.dumps(state), run_folder.CONFIG: dump(self.config)}
         metric = self.values.get(self.config.checkpoint.best) if self.evaluated == done else None
         problem = self.checkpoints.save(engine, done, extra=extra, metric=metric)
         self._tell(problem)
@@ -311,6 +320,11 @@ class Run:
         engine.train()
         values, tags = curves(results, means=final or not config.eval.along)
         self.values, self.evaluated = values, done
+        best = config.checkpoint.best
+        if best and best not in values and not final:
+            raise ValueError(
+                f"checkpoint.best {best!r} is no evaluated value: there are {', '.join(values)}"
+            )
         timed = values | {"training_seconds": self.seconds}
         self.monitor.scalars(done, timed, group="eval", tags=tags)
         if final:
@@ -323,12 +337,12 @@ class Run:
             log.info("dry run: one step done, nothing written")
             return
         if self.main:
-            forget_results(self.folder, done)
+            run_folder.forget_results(self.folder, done)
         export_run(self.config, engine, processing, self.folder / "model", done)
         if self.config.eval.at_end:
             results = self.evaluate(engine, processing, done, final=True)
             if self.main:
-                write_results(self.folder / RESULTS, results)
+                write_results(self.folder / run_folder.RESULTS, results)
             aside = UNCOMPARED | {OTHER_OBJECTIVE[self.config.objective]: True}
             settings = flatten(self.config.model_dump(mode="json", exclude=aside))
             self.monitor.hparams(settings, result_tags(curves(results)[1]))
@@ -344,23 +358,25 @@ class Run:
 def export_run(
     config: RunConfig, engine: Engine, processing: Processing, folder: Path, step: int
 ) -> None:
-    """Write the model of a run, as it is after ``step`` steps; every rank takes part."""
-    export_model(
-        engine.model,
-        processing,
-        folder,
-        whole=full_parameters,
-        main=comm.rank() == 0,
-        card=model_card(config, step),
-        extras={"objective": config.objective, "recipe": config.recipe, "step": step},
-    )
+    """Write the model of a run, as it is after ``step`` steps; every rank takes part.
 
-
-def memory_mib() -> float:
-    """Peak memory of this rank: of its GPU, or of its process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    Raises ``ValueError`` on every rank when it cannot be written.
+    """
+    problem = ""
+    try:
+        export_model(
+            engine.model,
+            processing,
+            folder,
+            whole=full_parameters,
+            main=comm.rank() == 0,
+            card=model_card(config, step),
+            extras={"objective": config.objective, "recipe": config.recipe, "step": step},
+        )
+    except ValueError as error:
+        problem = str(error)
+    if found := [problem for problem in comm.all_objects(problem) if problem]:
+        raise ValueError(found[0])
 
 
 class _BesideTheBar(logging.Handler):

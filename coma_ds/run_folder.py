@@ -7,17 +7,22 @@ import json
 import logging
 import os
 import shutil
-from itertools import count
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from coma_ds.config import RunConfig, dump
+from coma_ds.data.processing import MODEL_EXTRAS
+from coma_ds.disk import existing_part, room
 from coma_ds.hardware import has_fast_bf16
-from coma_ds.manifest import published
+from coma_ds.manifest import published, set_apart, write_atomically
 from coma_ds.metrics import flatten
-from coma_ds.ownership import Incarnation, read_owner, take, takes_over, this_start
-from coma_ds.stopping import check_not_held
+from coma_ds.ownership import Incarnation, owns, read_owner, take, takes_over, this_start
+from coma_ds.stopping import SWITCHES, check_not_held
+from coma_ds.versions import versions
 
 log = logging.getLogger("coma_ds")
 
@@ -45,7 +50,7 @@ def claim(config: RunConfig, *, keep: bool) -> Incarnation | None:
     folder = Path(config.output)
     try:
         if not keep:
-            place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+            place = existing_part(folder)
             if not place.is_dir() or not os.access(place, os.W_OK):
                 raise PermissionError(f"{place} is no folder that can be written")
             return None
@@ -71,8 +76,30 @@ def claim(config: RunConfig, *, keep: bool) -> Incarnation | None:
     _refuse_finished(folder, config)
     check_not_held(folder)
     mine = this_start(folder)
-    take(folder, mine)
+    with written(folder):
+        take(folder, mine)
     return mine
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Raise ``ValueError`` where something cannot be written into the folder of the run."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"output '{folder}' cannot be used, {room(folder)} ({error})") from error
+
+
+def begin(config: RunConfig, mine: Incarnation, ds_config: dict) -> None:
+    """From here on the folder is this run's: what it is, and that this start made it so."""
+    folder = Path(config.output)
+    with written(folder):
+        if owns(folder, mine):
+            take(folder, replace(mine, began=True))
+        (folder / SWITCHES).mkdir(exist_ok=True)
+        write_atomically(folder / CONFIG, dump(config))
+        write_atomically(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        write_atomically(folder / "versions.txt", versions())
 
 
 def _refuse_finished(folder: Path, config: RunConfig) -> None:
@@ -87,40 +114,65 @@ def _refuse_finished(folder: Path, config: RunConfig) -> None:
 def start_over(folder: Path) -> None:
     """Remove what an earlier run in this folder ended with: it would not fit the new config.
 
-    Its checkpoints are set aside as ``checkpoints-1`` (2, ...): left in place they would be taken
-    for those of the new run, which does not write a step that is already published.
+    Its checkpoints are set apart as ``checkpoints-1`` (2, ...).
     """
+    go_back(folder, -1)
+
+
+def go_back(folder: Path, step: int) -> None:
+    """Set apart the checkpoints after ``step``, and remove the end that they led to.
+
+    Nothing happens where there are none, but for a run that starts over (-1).
+    """
+    place = set_apart(folder / "checkpoints", after=step)
+    if place is not None:
+        log.warning("what this folder held of later steps is kept in %s", place)
+    if place is None and step >= 0:
+        return
     for name in FINISHED:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    checkpoints = folder / "checkpoints"
-    if any(checkpoints.glob("step-*")):
-        places = (folder / f"checkpoints-{number}" for number in count(1))
-        checkpoints.rename(next(place for place in places if not place.exists()))
 
 
 def forget_results(folder: Path, step: int) -> None:
     """Remove what was measured after another step than the one whose model is written now."""
+    if _step_in(folder / RESULTS) != step:
+        for name in FINISHED[1:]:
+            (folder / name).unlink(missing_ok=True)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """True when the folder holds the model of the last step, and what was measured of it."""
+    folder, wanted = Path(config.output), [f"model/{MODEL_EXTRAS}"]
+    if config.eval.at_end:
+        wanted.append(RESULTS)
+    return all(_step_in(folder / name) == config.optim.steps for name in wanted)
+
+
+def _step_in(file: Path) -> int | None:
+    """The ``step`` that a JSON file tells; None without one."""
     try:
-        if json.loads((folder / RESULTS).read_text())["step"] == step:
-            return
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):  # of no known step
-        pass
-    for name in FINISHED[1:]:
-        (folder / name).unlink(missing_ok=True)
+        return json.loads(file.read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """The config with a precision in the place of ``auto``.
+    """The config as this start takes it, with a precision in the place of ``auto``.
 
     A run that goes on keeps its own, on whatever machine; a new one takes what is fast on this.
+    ``checkpoint.resume`` as ``none`` or a path is meant for the first start of a job: when SLURM
+    starts it again it goes on from its own checkpoints.
     """
+    resume, folder = config.checkpoint.resume, Path(config.output) / "checkpoints"
+    if resume != "auto" and this_start(Path(config.output)).began and published(folder):
+        log.warning("checkpoint.resume=%s was for the first start of this job", resume)
+        resume = "auto"
+        settings = config.checkpoint.model_copy(update={"resume": resume})
+        config = config.model_copy(update={"checkpoint": settings})
     if config.precision != "auto":
         return config
     precision = "bf16" if has_fast_bf16() else "fp32"
-    resume, folder = config.checkpoint.resume, Path(config.output) / "checkpoints"
     for checkpoint in reversed(published(folder)) if resume == "auto" else [Path(resume)]:
         try:
             precision = yaml.safe_load((checkpoint / CONFIG).read_text())["precision"]

@@ -47,6 +47,17 @@ class Stopped(SystemExit):
         self.message = message
 
 
+class Finished(SystemExit):
+    """There is nothing left to do in this folder."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(0)
+        self.message = (
+            f"{folder} is finished, {step} steps: nothing to do (coma-ds evaluate measures it "
+            "again, checkpoint.resume=none trains it again)"
+        )
+
+
 class Requests:
     """Looks at every source of a request; one object a process.
 
@@ -62,10 +73,12 @@ class Requests:
         self._signalled = False
         self._timer: threading.Timer | None = None
 
-    def take_signals(self) -> None:
-        """From now on SIGUSR1 and SIGTERM ask to stop; the second SIGTERM ends this process."""
+    def take_signals(self, terminate: bool = True) -> None:
+        """From now on SIGUSR1 asks to stop, and with ``terminate`` SIGTERM does; the second SIGTERM
+        ends this process."""
         signal.signal(signal.SIGUSR1, self._hear)
-        signal.signal(signal.SIGTERM, self._hear)
+        if terminate:
+            signal.signal(signal.SIGTERM, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
@@ -26,6 +27,7 @@ from coma_ds.data.processing import (
     Processing,
     first_line,
 )
+from coma_ds.disk import room
 from coma_ds.model.adapters import adapter_layers, merged_weight
 from coma_ds.model.embedder import CompressionModel
 
@@ -79,6 +81,8 @@ def export_model(
     user of the model must know: the tokens, the pooling, the precision.  The folder is written
     under another name first, so that it is there as a whole or not at all; an earlier export of
     the same name is replaced.
+
+    Raises ``ValueError`` when it cannot be written (a full disk).
     """
     state = whole_state(model, whole, keep=main)
     own = [p for p in (model.tokens, model.pooling) if p is not None]
@@ -89,7 +93,32 @@ def export_model(
         return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+        _write(model, processing, partial, state, rows, query, card=card, extras=extras)
+    except (OSError, SafetensorError) as error:
+        problem = f"{folder} cannot be written, {room(folder)} ({first_line(error)})"
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(problem) from error
+    before = folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
+    partial.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _write(
+    model: CompressionModel,
+    processing: Processing,
+    partial: Path,
+    state: dict[str, torch.Tensor],
+    rows: torch.Tensor | None,
+    query: torch.Tensor | None,
+    *,
+    card: str,
+    extras: dict,
+) -> None:
     lm = model.backbone.lm
     config = copy.deepcopy(lm.config)
     if rows is not None:
@@ -119,12 +148,6 @@ def export_model(
     (partial / "README.md").write_text(card)
     for file in partial.glob("*.safetensors"):  # written for the owner alone
         shutil.copymode(partial / "README.md", file)
-    before = folder.with_name(f".{folder.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        folder.rename(before)
-    partial.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def save_generation_config(lm: PreTrainedModel, folder: Path) -> None:

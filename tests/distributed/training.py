@@ -13,6 +13,7 @@ import torch
 
 from coma_ds import comm, train
 from coma_ds.run import Run
+from coma_ds.stopping import Finished
 from tests.pair_files import digests
 
 # The demo's recipes from random weights, so that a step takes a fraction of a second.
@@ -57,6 +58,8 @@ def train_once(output: str, arguments: list[str], stop_after: int | None = None)
             train.main([*SMALL, f"output={output}", *arguments])
         except Interrupted:
             said.append("interrupted")
+        except Finished as end:
+            said.append(end.message)
         except ValueError as error:
             said.append(f"error: {error}")
     gc.collect()

@@ -44,7 +44,8 @@ def happen(what: str, folder: Path, guard) -> None:
 
 
 def run_once(output: str, arguments: list[str], events: dict[str, str] | None = None) -> dict:
-    """One run; ``events`` by the step after which they happen, ``nan`` instead before it."""
+    """One run; ``events`` by the step after which they happen, 0 for before the run;
+    ``nan`` happens before its step instead."""
     events, folder, said = dict(events or {}), Path(output), []
     log_step, backward = Run.log, Engine.forward_backward
     at, code = [0], 0
@@ -75,6 +76,7 @@ def run_once(output: str, arguments: list[str], events: dict[str, str] | None = 
         patch.object(Engine, "forward_backward", broken_backward),
         patch("coma_ds.run.log_to_stderr", listen),
     )
+    happen(events.get("0", ""), folder, None)
     before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGTERM)}
     with changes[0], changes[1], changes[2]:
         try:

@@ -157,15 +157,27 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_costs_a_checkpoint_and_no_more(small_disk, runs):
     output = small_disk / "run"
-    first, _ = run_world(
-        2, TARGET, runs=[run(output, at_3="fill", at_5="free")]
-    )  # step 4 finds no room
-    told = "\n".join(first[0]["said"])
-    assert first[0]["code"] == 0
+    end = small_disk / "end"
+    wanted = [run(output, at_3="fill", at_5="free")]  # step 4 finds no room
+    wanted += [run(end, at_5="fill"), run(end), run(end, at_0="free")]
+    (first, full, refused, again), (_, *others, _) = run_world(2, TARGET, runs=wanted)
+    told = "\n".join(first["said"])
+    assert first["code"] == 0
     assert "no checkpoint of step 4: " in told
     assert "cannot be written, 0 MB are free there" in told
     assert steps(output) == [6, 2]
     assert all(problems(p) == [] for p in published(output / "checkpoints"))
     assert not list((output / "checkpoints").glob("staging-*"))
-    assert first[0]["weights"] == runs["whole"][0]["weights"]
-    assert [step for step, *_ in losses(first[0])] == [1, 2, 3, 4, 5, 6]
+    assert first["weights"] == runs["whole"][0]["weights"]
+    assert [step for step, *_ in losses(first)] == [1, 2, 3, 4, 5, 6]
+    # at the end there is nothing more to go on with: it says so, on every rank, and ends
+    for rank in (full, others[0]):
+        assert rank["code"] == 2
+        assert f"{end}/model cannot be written, 0 MB are free there" in rank["said"][-1]
+    for rank in (refused, others[1]):
+        assert rank["code"] == 2
+        assert f"output '{end}' cannot be used, 0 MB are free there" in rank["said"][-1]
+    assert "no checkpoint of step 6: " in "\n".join(full["said"])
+    assert again["code"] == 0 and again["weights"] == runs["whole"][0]["weights"]
+    assert any("step 4 of 6" in line for line in again["said"])
+    assert not list(end.glob(".model*"))

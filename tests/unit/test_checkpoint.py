@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from coma_ds import checkpoint
 from coma_ds.checkpoint import Checkpoints, convert, load_checkpoint
 from coma_ds.config import CheckpointConfig
 from coma_ds.manifest import problems, published, read_manifest
@@ -91,12 +92,39 @@ def test_what_cannot_be_written_leaves_nothing(checkpoints, told):
     assert save(checkpoints, 2).problem == ""  # with room again
 
 
-def test_an_older_start_publishes_nothing(tmp_path, told):
-    """Its folder was taken between the writing and the publishing."""
-    older = Checkpoints(tmp_path, CheckpointConfig(), lambda: False, told.append)
+@pytest.mark.parametrize("looks", [0, 1])
+def test_an_older_start_publishes_nothing(tmp_path, told, looks):
+    """Its folder was taken before the save, or between the writing and the publishing."""
+    mine = iter([True] * looks + [False])
+    older = Checkpoints(tmp_path, CheckpointConfig(), lambda: next(mine), told.append)
     assert "belongs to a newer start of this run" in save(older, 1).problem
     assert published(tmp_path) == [] and told == [] and not (tmp_path / "latest").exists()
     assert not list(tmp_path.glob("staging-*"))
+
+
+def test_two_starts_do_not_write_into_one_folder(tmp_path):
+    """The older one, which lives on, cannot mix its shards with those of the newer."""
+    staged, older, newer = [], Shards(), Shards()
+    for start, engine in enumerate((older, newer)):
+        save = engine.save
+        engine.save = lambda folder, tag, save=save: staged.append(tag) or save(folder, tag)
+        Checkpoints(tmp_path, CheckpointConfig(), start=start + 1).save(engine, 5)
+    assert len(set(staged)) == 2 and all(tag.startswith("staging-") for tag in staged)
+
+
+def test_a_file_is_on_the_disk_before_it_is_hashed(checkpoints, monkeypatch):
+    """A hash of what only the cache holds would vouch for what a crash of the node takes away."""
+    order = []
+    for name in ("sync", "digest"):
+        real = getattr(checkpoint, name)
+        monkeypatch.setattr(
+            checkpoint,
+            name,
+            lambda path, name=name, real=real: order.append((name, path.name)) or real(path),
+        )
+    assert save(checkpoints, 1).problem == ""
+    for file in ("a.pt", "b.pt"):
+        assert order.index(("sync", file)) < order.index(("digest", file))
 
 
 def test_a_save_whose_folder_was_cleaned_away(checkpoints, monkeypatch):

@@ -17,6 +17,7 @@ from coma_ds.manifest import (
     read_manifest,
     remove,
     remove_remains,
+    set_apart,
     step_name,
     surplus,
     write_atomically,
@@ -60,12 +61,52 @@ def test_what_else_can_be_wrong(tmp_path):
     assert problems(path) == [f"checkpoint {path}: one.pt is missing or not 3 bytes long"]
     (path / "one.pt").unlink()
     assert "one.pt is missing" in problems(path)[0]
-    for text in ("{", "[]", '{"step": 1}', '{"other": 2}'):
+    whole = json.loads((path / "manifest.json").read_text())
+    for text in ("{", "[1]", "7", '"x"', "\x00", ""):
         (path / "manifest.json").write_text(text)
         assert "no readable manifest.json" in problems(path)[0], text
+    changes = [{"step": 4}, {"world": 1}, {"files": [1]}, {"metric": 2.0}, {"hash": ""}, {"new": 1}]
+    for tree in ({}, {"step": 1}, *(whole | change for change in changes)):
+        (path / "manifest.json").write_text(json.dumps(tree))
+        assert problems(path) == [f"checkpoint {path}: manifest.json is not what was written"], tree
     (path / "manifest.json").unlink()
     assert "no readable manifest.json" in problems(path)[0]
     assert "no readable manifest.json" in problems(tmp_path / "nowhere")[0]
+
+
+def test_under_the_name_of_another_step(tmp_path):
+    path = put(tmp_path, 3)
+    moved = path.rename(tmp_path / step_name(5))
+    assert problems(moved) == [f"checkpoint {moved}: it is of step 3"]
+    assert problems(moved.rename(tmp_path / "copy")) == []
+
+
+class TestSetApart:
+    def test_those_of_later_steps(self, tmp_path):
+        folder = tmp_path / "checkpoints"
+        for step in (10, 20, 30):
+            put(folder, step)
+        (folder / "latest").write_text(step_name(30))
+        (folder / "broken-step-00000040").mkdir()
+        assert set_apart(folder, after=30) is None
+        place = set_apart(folder, after=10)
+        assert place == tmp_path / "checkpoints-1"
+        assert [p.name for p in published(place)] == [step_name(30), step_name(20)]
+        assert (folder / "latest").read_text() == step_name(10)
+        assert {p.name for p in folder.iterdir()} == {
+            step_name(10),
+            "latest",
+            "broken-step-00000040",
+        }
+
+    def test_all_of_them_and_again(self, tmp_path):
+        for number in (1, 2):
+            put(tmp_path / "checkpoints", 0)
+            (tmp_path / "checkpoints" / "latest").write_text(step_name(0))
+            assert set_apart(tmp_path / "checkpoints", after=-1).name == f"checkpoints-{number}"
+        assert not list((tmp_path / "checkpoints").iterdir())
+        assert set_apart(tmp_path / "checkpoints", after=-1) is None
+        assert set_apart(tmp_path / "nowhere", after=-1) is None
 
 
 class TestSurplus:
@@ -85,6 +126,11 @@ class TestSurplus:
         for step, metric in ((10, 0.1), (20, 0.9), (30, None), (40, 0.4), (50, None)):
             put(tmp_path, step, metric)
         assert self.names(tmp_path) == [10, 30]
+
+    def test_of_equals_the_later_one_is_the_best(self, tmp_path):
+        for step, metric in ((10, 0.9), (20, 0.9), (30, 0.1), (40, 0.2)):
+            put(tmp_path, step, metric)
+        assert self.names(tmp_path, keep_last=1) == [10, 30]
 
     def test_a_broken_one_is_no_reason_to_remove_a_good_one(self, tmp_path):
         for step in (10, 20, 30):

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,16 @@ class TestRequests:
         again = signal.getsignal(signal.SIGTERM)
         assert (again == signal.SIG_DFL) == (number == signal.SIGTERM)
 
+    def test_a_run_that_is_to_end_at_sigterm(self, tmp_path, signals):
+        """Without checkpoints: only the signal that is meant for it asks it to save."""
+        before = signal.getsignal(signal.SIGTERM)
+        requests = Requests(tmp_path, lambda: True)
+        requests.take_signals(terminate=False)
+        assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.01)
+        assert requests.agree(CPU) is Request.STOP
+
     def test_a_folder_that_is_lost_counts_most(self, tmp_path):
         (tmp_path / "control").mkdir()
         (tmp_path / "control" / "stop").touch()
@@ -96,6 +107,24 @@ class TestRequests:
         assert not ended
         time.sleep(0.4)
         assert ended == [1]
+
+    @pytest.mark.parametrize(
+        ("lead", "limit"), [(300, 270.0), (600, 570.0), (40, 20.0), (60, 30.0)]
+    )
+    def test_when_the_hard_timer_ends_the_run(self, tmp_path, monkeypatch, job, lead, limit):
+        """In time for the script's own, which comes 20 s before the end, and for the requeue."""
+        started = []
+        timer = SimpleNamespace(start=lambda: None)
+        monkeypatch.setattr(
+            "coma_ds.stopping.threading.Timer",
+            lambda seconds, *_: started.append(seconds) or timer,
+        )
+        monkeypatch.setenv("COMA_DS_LEAD_SECONDS", str(lead))
+        (job / "stop").touch()
+        requests = Requests(tmp_path, lambda: True)
+        for _ in range(2):
+            requests.agree(CPU)
+        assert started == [limit]
 
     def test_codes(self):
         codes = {request: Stopped(request, "x").code for request in list(Request)[2:]}
@@ -146,6 +175,19 @@ class TestOwnership:
         second = claim(config, keep=True)
         assert "is taken over from start 1" in caplog.text
         assert owns(tmp_path, second) and not owns(tmp_path, first)
+
+    def test_a_job_that_began_here_is_known_at_its_next_starts(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+        first = this_start(tmp_path)
+        assert not first.began
+        take(tmp_path, first)
+        for restart, began in ((1, False), (2, True), (3, True), (4, True)):
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+            mine = this_start(tmp_path)
+            assert mine.began == began, restart
+            take(tmp_path, replace(mine, began=began or restart == 1))
+        monkeypatch.setenv("SLURM_JOB_ID", "13")
+        assert not this_start(tmp_path).began  # another job, which may start over
 
     def test_a_held_run_does_not_start(self, tmp_path):
         (tmp_path / "control").mkdir()

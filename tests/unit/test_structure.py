@@ -21,7 +21,9 @@ PACKAGE, KERNELS = ROOT / "coma_ds", ROOT / "kernels"
 FLOORS = {
     "kernels": 0,
     **dict.fromkeys(("batch", "comm", "config", "effects", "entry", "rank_report", "versions"), 1),
-    **dict.fromkeys(("manifest", "ownership", "stopping", "guard", "stragglers", "hardware"), 1),
+    **dict.fromkeys(
+        ("manifest", "ownership", "stopping", "guard", "stragglers", "hardware", "disk"), 1
+    ),
     **dict.fromkeys(("data", "model", "evaluation", "optim", "metrics"), 2),
     **dict.fromkeys(("inference", "embedder", "bulk", "displays", "assessment"), 2),
     **dict.fromkeys(("engine", "mechanics", "checkpoint"), 3),
