@@ -41,7 +41,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     """The command line and the resolved config."""
     parser = Parser(
-        prog="train.py", description="Compress, then match: train one stage of one run."
+        prog="train.py",
+        description="Compress, then match: train one stage of one run.",
+        allow_abbrev=False,  # the batch scripts look for --recipe
     )
     parser.add_argument("--recipe", default="demo-compress", help="a shipped name or a YAML file")
     parser.add_argument(

@@ -65,9 +65,11 @@ if [[ -z ${COMA_PYTHON:-} ]]; then
     done
 fi
 if [[ $COMA_PYTHON == */* && $COMA_PYTHON != /* ]]; then COMA_PYTHON=$root/$COMA_PYTHON; fi
-# what starts Python, as words: a container's command, then the program
-export COMA_PYTHON_COMMAND="${COMA_CONTAINER:+$COMA_CONTAINER }$COMA_PYTHON -P"
-read -r -a python <<<"$COMA_PYTHON_COMMAND"
+# what starts Python: a container's command, split into words, then the program
+read -r -a python <<<"${COMA_CONTAINER:-}"
+python+=("$COMA_PYTHON" -P)
+COMA_PYTHON_COMMAND=$(printf '%q ' "${python[@]}")
+export COMA_PYTHON_COMMAND
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
 gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -140,10 +142,24 @@ if [[ -z ${TORCH_EXTENSIONS_DIR:-} ]]; then
     export TORCH_EXTENSIONS_DIR=$COMA_SHARED/torch_extensions/${environment%% *}
 fi
 
+# The code that runs is the package that Python finds, which may stand elsewhere.
+find_package() {
+    local find='import importlib.util as u; print(*u.find_spec("coma_ds").submodule_search_locations)'
+    package=$("${python[@]}" -c "$find" 2>/dev/null) ||
+        fail "$COMA_PYTHON_COMMAND does not find coma_ds: install it there (pip install -e .)"
+    if [[ ! $package -ef coma_ds ]]; then
+        say "the code that runs is that of $package, not of $root"
+    fi
+}
+
 record() { # what this job is made of
-    git rev-parse HEAD >"$COMA_DS_CONTROL/commit.txt" 2>/dev/null ||
-        echo 'no git here' >"$COMA_DS_CONTROL/commit.txt"
-    git diff HEAD >"$COMA_DS_CONTROL/diff.patch" 2>/dev/null || true
+    rm -f "$COMA_DS_CONTROL/diff.patch"
+    if git -C "$package" ls-files --error-unmatch train.py >/dev/null 2>&1; then
+        git -C "$package" rev-parse HEAD >"$COMA_DS_CONTROL/commit.txt"
+        git -C "$package/.." diff HEAD >"$COMA_DS_CONTROL/diff.patch" || true
+    else
+        echo "no git at $package" >"$COMA_DS_CONTROL/commit.txt"
+    fi
     scontrol show job "$job_id" >"$COMA_DS_CONTROL/job.txt" || true
     local name value target=$COMA_DS_CONTROL/environment.txt
     (umask 077 && : >"$target")
@@ -265,13 +281,14 @@ finish() { # CODE MESSAGE: what the ranks' end means for the job
         say 'finished'
         exit 0
         ;;
+    # not finished: what depends on this job must not start
     86)
         say 'a newer start owns the run: this one ends'
-        exit 0
+        exit 86
         ;;
     87)
         say 'held by the switch control/stop of the run: remove it and submit again to go on'
-        exit 0
+        exit 87
         ;;
     esac
     # what a rank said is lost above what launchers and srun say of a fault
@@ -326,25 +343,40 @@ launch() { # ENTRY ARGUMENTS: the same on every node
 begin() {
     say "$SLURM_JOB_NAME $SLURM_JOB_ID, restart $restarts: $nodes node(s) $SLURM_JOB_NODELIST," \
         "$COMA_RANKS_PER_NODE rank(s) each, $COMA_LAUNCHER; $COMA_DS_CONTROL"
+    find_package
     record
 }
 
+take_recipe() { # NAME: into recipe, of launch_train
+    if [[ -n $recipe ]]; then fail "'$1': one recipe is expected, and there is '$recipe'"; fi
+    if [[ -z $1 ]]; then fail '--recipe: the name of a recipe is expected'; fi
+    recipe=$1
+}
+
 launch_train() { # DEFAULT_RECIPE [RECIPE] [KEY=VALUE ...]
-    local recipe=$1 word
+    local recipe='' word words=() overrides=() default=$1
     shift
-    if [[ -n ${1:-} && $1 != *=* && $1 != -* ]]; then
-        recipe=$1
+    set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-}}"
+    while (($#)); do
+        word=$1
         shift
-    fi
-    local words=("${@//%a/${SLURM_ARRAY_TASK_ID:-}}") overrides=()
-    for word in "${words[@]}"; do
-        if [[ $word == *=* && $word != -* ]]; then overrides+=("$word"); fi
+        case $word in
+        --recipe)
+            take_recipe "${1:-}"
+            shift
+            ;;
+        --recipe=*) take_recipe "${word#--recipe=}" ;;
+        -*) words+=("$word") ;;
+        *=*) overrides+=("$word") words+=("$word") ;;
+        *) take_recipe "$word" ;;
+        esac
     done
+    recipe=${recipe:-$default}
     begin
     "${python[@]}" -m coma_ds.commands.main config --recipe "$recipe" "${overrides[@]}" \
         >"$COMA_DS_CONTROL/config.yaml" || exit 2
     preflight --recipe "$recipe" "${overrides[@]}"
-    launch coma_ds/train.py --recipe "$recipe" "${words[@]}"
+    launch "$package/train.py" --recipe "$recipe" "${words[@]}"
 }
 
 launch_evaluate() { # RUN [OPTION ...]

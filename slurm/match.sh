@@ -8,7 +8,9 @@
 #SBATCH --output=%x-%j.log
 #   sbatch slurm/match.sh [RECIPE] [KEY=VALUE ...]        from the root of the repository
 set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+[[ -f slurm/common.sh ]] || { echo 'error: submit from the root of the repository' >&2 && exit 2; }
 # shellcheck source=slurm/common.sh
-source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
+source slurm/common.sh
 
 launch_train demo-match "$@"

@@ -5,7 +5,7 @@
 # their reports how that was): any other makes srun end the job on all nodes.
 set -euo pipefail
 
-read -r -a python <<<"$COMA_PYTHON_COMMAND"
+eval "python=($COMA_PYTHON_COMMAND)"
 ranks=$COMA_RANKS_PER_NODE node=$SLURM_NODEID
 failed=$COMA_DS_RANK_REPORTS/failed
 entry=("$@")

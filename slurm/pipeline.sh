@@ -8,7 +8,7 @@
 #   slurm/pipeline.sh [SBATCH_OPTION ...] [NAME] [output=FOLDER] [KEY=VALUE ...]
 # NAME stands for the recipes NAME-compress and NAME-match (default: demo), FOLDER (default: the
 # shared folder, then NAME) gets compress/ and match/.  compress:KEY=VALUE and match:KEY=VALUE are
-# for one stage.
+# for one stage.  A SBATCH_OPTION with a value is one word: --time=60, not --time 60.
 set -euo pipefail
 if [[ ! -f ${BASH_SOURCE[0]%/*}/common.sh ]]; then # a batch script runs from a copy
     cd "${SLURM_SUBMIT_DIR:?}"

@@ -309,13 +309,18 @@ def all_reduce(place: Place, deadline: float) -> float:
     import torch.distributed as dist
 
     count = len(place.names)
-    if count == 1:
-        return 0.0
 
     def left() -> timedelta:
         return timedelta(seconds=max(2.0, deadline - time.monotonic()))
 
     where = f"{place.address}:{place.port}"
+    try:
+        socket.getaddrinfo(place.address, None)
+    except OSError as error:
+        raise ValueError(
+            f"the address {place.address!r} is no host that is known here: {error.strerror} "
+            "(COMA_MASTER_ADDR)"
+        ) from None
     try:
         store = dist.TCPStore(
             place.address, place.port, count, place.number == 0, left(), wait_for_workers=False
@@ -333,6 +338,8 @@ def all_reduce(place: Place, deadline: float) -> float:
         raise ValueError(
             f"{where} is not to be had: {reason} (COMA_MASTER_ADDR, COMA_MASTER_PORT)"
         ) from None
+    if count == 1:
+        return 0.0
     try:
         dist.init_process_group(
             "gloo", store=store, rank=place.number, world_size=count, timeout=left()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ LONG = "--steps=600"
 
 @pytest.fixture(scope="module")
 def root(jobs: Jobs) -> Path:
-    """A repository whose trainer is the stub."""
-    folder = jobs.shared / "stub"
+    """A repository, in a folder with a space, whose package is ours but for the trainer."""
+    folder = jobs.shared / "a stub"
     (folder / "coma_ds").mkdir(parents=True)
+    for path in (ROOT / "coma_ds").iterdir():
+        if path.name not in ("train.py", "__pycache__"):
+            (folder / "coma_ds" / path.name).symlink_to(path)
     shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.env"))
     options = "--nodes=1 --job-name=itself --output=$COMA_SHARED/%x-%j.log"
     (folder / "slurm" / "site.env").write_text(f'COMA_SBATCH="{options}"\n')
@@ -31,7 +35,7 @@ def root(jobs: Jobs) -> Path:
 @pytest.fixture(scope="module")
 def submitted(root: Path, jobs: Jobs, cluster: VirtualCluster):
     """All jobs of this file, at once: they cost nothing but their launchers."""
-    light = {"COMA_PREFLIGHT": "0", "COMA_MAX_RESTARTS": "1"}
+    light = {"COMA_PREFLIGHT": "0", "COMA_MAX_RESTARTS": "1", "PYTHONPATH": str(root)}
 
     def submit(name: str, how: str, *options: str, steps: str = "--steps=3", **more: str) -> Job:
         words = ("demo-compress", f"--how={how}", steps, "optim.steps=3")
@@ -49,6 +53,7 @@ def submitted(root: Path, jobs: Jobs, cluster: VirtualCluster):
         "fault": submit("fault", "fault"),
         "limit": submit("limit", "fault after a step", steps=LONG),
         "held": submit("held", "held"),
+        "elsewhere": submit("elsewhere", "well", "--nodes=1", PYTHONPATH=str(ROOT)),
         "newer": submit("newer", "newer"),
         "stop": submit("stop", "well", steps="--steps=60"),
         "hang": submit("hang", "hang", steps=LONG, **lead),
@@ -108,18 +113,33 @@ def test_a_script_that_is_run_submits_itself_with_the_sites_options(submitted):
     assert lines[1:] == ["done in start 0", "job: finished"]
 
 
-def test_what_is_kept_of_a_job(submitted):
+def test_what_is_kept_of_a_job(submitted, jobs):
     job = submitted["well"]
     job.wait()
     found = {path.name for path in job.control.iterdir()}
-    kept = {"config.yaml", "commit.txt", "diff.patch", "environment.txt", "job.txt", "starts"}
+    kept = {"config.yaml", "commit.txt", "environment.txt", "job.txt", "starts"}
     assert kept <= found
     assert "optim:" in (job.control / "config.yaml").read_text()
+    package = jobs.shared / "a stub" / "coma_ds"
+    assert (job.control / "commit.txt").read_text() == f"no git at {package}\n"
     environment = (job.control / "environment.txt").read_text()
     assert "\nCOMA_LAUNCHER=torchrun\n" in environment
     assert "TEST_API_KEY=" in environment and "TEST_SECRET=" in environment
     assert SECRET not in environment and "not to be seen" not in environment
     assert (job.control / "environment.txt").stat().st_mode & 0o077 == 0
+
+
+def test_the_code_that_runs_is_the_one_that_is_written_down(submitted, jobs):
+    """The package that Python finds, wherever the job was submitted."""
+    job = submitted["elsewhere"]
+    job.wait()
+    said = f"job: the code that runs is that of {ROOT}/coma_ds, not of {jobs.shared}/a stub"
+    assert job.log.splitlines()[1] == said
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert (job.control / "commit.txt").read_text() == head.stdout
+    diff = subprocess.run(["git", "diff", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert (job.control / "diff.patch").read_text() == diff.stdout
+    assert "--how" in job.log.splitlines()[-1]  # which our trainer does not know
 
 
 def test_a_users_error_is_said_and_not_tried_again(submitted):
@@ -146,9 +166,9 @@ def test_a_fault_after_a_step_is_tried_again_up_to_the_limit(submitted):
     assert job.log.splitlines()[-1] == last
 
 
-def test_a_held_run_ends_well_and_stays(submitted):
+def test_a_held_run_stays_and_nothing_goes_on_from_it(submitted):
     job = submitted["held"]
-    assert ended(job) == ("COMPLETED", "0", 0)
+    assert ended(job) == ("FAILED", "87", 0)
     assert "held by the switch control/stop of the run" in job.log
 
 

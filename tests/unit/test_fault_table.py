@@ -24,5 +24,7 @@ def test_there_are_many():
 @pytest.mark.parametrize(("file", "test"), NAMED)
 def test_the_test_exists(file, test):
     tree = ast.parse((ROOT / file).read_text())
-    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    names = {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
     assert (test in names) if test else any(name.startswith("test_") for name in names)

@@ -16,6 +16,7 @@ from coma_ds.commands import preflight_command as preflight
 from coma_ds.commands.main import run
 from coma_ds.commands.preflight_command import Facts, Place
 from coma_ds.config import load_config
+from tests.distributed.harness import free_port
 
 SAME = Facts("node1", "abc", "d1", {"python": "3.11", "torch": "2.13"})
 
@@ -175,8 +176,6 @@ except ValueError as error:
 
 
 def reduce_on(numbers: list[int], limit: float) -> list[str]:
-    from tests.distributed.harness import free_port
-
     port = str(free_port())
     nodes = [
         subprocess.Popen(
@@ -196,6 +195,20 @@ def test_an_all_reduce_of_two_nodes():
 def test_a_node_that_is_not_reached_is_named():
     (said,) = reduce_on([0], 3)
     assert said.startswith("node2 does not reach 127.0.0.1:")
+
+
+@pytest.mark.parametrize("names", [("node1",), ("node1", "node2")])
+def test_an_address_that_no_host_has(place, names):
+    place = replace(place, names=names, address="no-such-host.invalid", port=free_port())
+    with pytest.raises(ValueError, match=r"'no-such-host\.invalid' is no host .*COMA_MASTER_ADDR"):
+        preflight.all_reduce(place, time.monotonic() + 3)
+
+
+def test_an_address_of_another_host(place):
+    """Of a documentation network: nobody answers there."""
+    place = replace(place, names=("node1",), address="192.0.2.1", port=free_port())
+    with pytest.raises(ValueError, match=r"^192\.0\.2\.1:\d+ is not to be had: "):
+        preflight.all_reduce(place, time.monotonic() + 3)
 
 
 def test_a_port_that_is_taken(place):
