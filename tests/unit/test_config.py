@@ -347,6 +347,8 @@ def test_a_key_of_another_format_is_refused(overrides) -> None:
         ("demo-compress", ["compress.visible=true", "model.bottleneck=kv"], "model.bottleneck"),
         ("demo-compress", ["optim.kind=sgd", "optim.betas=[0.8,0.9]"], "optim.betas"),
         ("demo-control", ["eval.every=0", "eval.along=[i2i/seen]"], "eval.along"),
+        ("demo-control", ["eval.every=0", "checkpoint.best=group/All"], "checkpoint.best"),
+        ("demo-control", ["checkpoint.every=0", "checkpoint.best=group/All"], "checkpoint.best"),
         ("demo-control", ["eval.every=0", "eval.at_end=no", "eval.batch_size=7"], "eval.batch_"),
         ("demo-control", ["data.format=pairs", "data.path=x", "eval.sets=[a]"], "eval.sets"),
         ("demo-control", ["data.format=pairs", "data.path=x", "data.sub_batch=4"], "data.sub_"),

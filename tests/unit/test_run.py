@@ -102,6 +102,23 @@ def test_dropout_is_off_in_an_evaluation_and_on_again_after_it(
     assert results["step"] == 3 and results[key]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [("demo-match", "mine, group/All"), ("demo-compress", "colour/tokens, colour/visible, ")],
+)
+def test_a_best_that_is_never_measured_is_told_at_the_first_evaluation(
+    tmp_path, measured, recipe, names
+):
+    best = ["checkpoint.best=p@1", "checkpoint.every=1", "eval.every=1"]
+    run, engine = started(tmp_path, recipe, *best)
+    with pytest.raises(ValueError, match=rf"^checkpoint.best 'p@1' is no .*: there are {names}"):
+        run.evaluate(engine, demo_processing(), 3)
+    right = f"checkpoint.best={names.partition(',')[0]}"
+    run, engine = started(tmp_path / "other", recipe, *best, right)
+    run.evaluate(engine, demo_processing(), 3)
+    assert run.values[run.config.checkpoint.best] == 0.5
+
+
 NOTHING = {
     "match": (
         ["data.format=pairs", "data.path=x.jsonl", "data.sources=[]", "eval.sets=[]",
