@@ -107,7 +107,7 @@ class DataConfig(Section):
     root: str | None = None  # mmeb: folder of parquet folders, or a hub name
     path: str | None = None  # pairs, dialogues: one file
     image_root: str | None = None
-    sources: tuple[str, ...] = ()  # empty: all
+    sources: tuple[str, ...] = ()  # builtin: empty takes all; mmeb: names of sets
     split: str = "original"
     limit: int | None = Field(None, ge=1)  # rows of each source
     weighting: Literal["uniform", "proportional"] = "uniform"

@@ -136,7 +136,7 @@ def go_back(folder: Path, step: int) -> None:
 
 def forget_results(folder: Path, step: int) -> None:
     """Remove what was measured after another step than the one whose model is written now."""
-    if _step_in(folder / RESULTS) != step:
+    if step_in(folder / RESULTS) != step:
         for name in FINISHED[1:]:
             (folder / name).unlink(missing_ok=True)
 
@@ -146,10 +146,10 @@ def is_finished(config: RunConfig) -> bool:
     folder, wanted = Path(config.output), [f"model/{MODEL_EXTRAS}"]
     if config.eval.at_end:
         wanted.append(RESULTS)
-    return all(_step_in(folder / name) == config.optim.steps for name in wanted)
+    return all(step_in(folder / name) == config.optim.steps for name in wanted)
 
 
-def _step_in(file: Path) -> int | None:
+def step_in(file: Path) -> int | None:
     """The ``step`` that a JSON file tells; None without one."""
     try:
         return json.loads(file.read_text())["step"]

@@ -62,6 +62,8 @@ def execute(args: argparse.Namespace) -> int:
             f"{folder} has no model/: the run is not finished; "
             "coma-ds export writes it from the newest checkpoint"
         )
+    file = Path(args.output) if args.output else folder / "results.json"
+    before = read_results(file)
     ranking = config.objective == "match"
     if not ranking and (args.sets or args.root):
         raise ValueError(
@@ -69,8 +71,10 @@ def execute(args: argparse.Namespace) -> int:
         )
 
     from coma_ds import comm, engine
+    from coma_ds.data.processing import MODEL_EXTRAS
     from coma_ds.evaluation import summed_up, write_results
     from coma_ds.run import log_to_stderr
+    from coma_ds.run_folder import step_in
 
     device = engine.start()
     engine.share_threads()
@@ -78,29 +82,47 @@ def execute(args: argparse.Namespace) -> int:
     measure = _ranking if ranking else _bottleneck
     results, text = measure(folder, config, args.sets, device)
     if comm.rank() == 0:
-        file = Path(args.output) if args.output else folder / "results.json"
-        before = json.loads(file.read_text()) if file.is_file() else {}
-        others = _others(before, results) if args.sets else {}
-        if others:  # they stay, and the means are those of all
-            results |= summed_up(others | results["sets"])
-            kept = f", beside {len(others)} measured before: {_mean(results)} over all"
+        results |= {"step": step_in(folder / "model" / MODEL_EXTRAS), "run": str(folder.absolute())}
+        if not is_of(before, results, anywhere=not args.output):
+            before = {}
+        others = before.get("sets", {}).keys() - results.get("sets", {}).keys()
+        kept = ""
+        if args.sets and others:  # they stay, and the means are those of all
+            results |= summed_up(before["sets"] | results["sets"])
+            mean = 100 * results["groups"]["All"]
+            kept = f", beside {len(others)} measured before: P@1 {mean:.1f} % over all"
+        sys.stdout.write(f"{text}\n")
         write_results(file, before | results)
-        sys.stdout.write(f"{text}\n-> {file}{kept if others else ''}\n")
+        sys.stdout.write(f"-> {file}{kept}\n")
     return 0
 
 
-def _others(before: dict, results: dict) -> dict:
-    """The sets of an earlier evaluation that are not measured now; none where those are of another
-    root."""
-    if before.get("root") != results.get("root"):
-        return {}
-    return {
-        name: row for name, row in before.get("sets", {}).items() if name not in results["sets"]
-    }
+def read_results(file: Path) -> dict:
+    """What ``file`` holds so far; empty where it is not there.
+
+    Raises ``ValueError`` where no results can be written, or something else stands there.
+    """
+    if not file.is_dir() and file.absolute().parent.is_dir():
+        try:
+            results = json.loads(file.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} holds no results ({error}): name another --output") from None
+        if isinstance(results, dict):
+            return results
+        raise ValueError(f"{file} holds no results: name another --output")
+    place = "is a folder" if file.is_dir() else f"cannot be: {file.absolute().parent} is no folder"
+    raise ValueError(f"{file} {place}; --output names a file")
 
 
-def _mean(results: dict) -> str:
-    return f"P@1 {100 * results['groups']['All']:.1f} %"
+def is_of(before: dict, results: dict, *, anywhere: bool) -> bool:
+    """True where earlier results are of the same model and the same sets' root.
+
+    A file in the folder of its run may have moved with it (``anywhere``).
+    """
+    keys = ["step", "root"] if anywhere else ["step", "root", "run"]
+    return all(before.get(key) == results.get(key) for key in keys)
 
 
 def _ranking(folder: Path, config: RunConfig, sets: list[str], device: torch.device):

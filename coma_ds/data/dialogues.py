@@ -43,8 +43,8 @@ class DialogueFile:
     Raises:
         ValueError: no such file, or a column is missing.  ``self[row]`` raises it for a row
             that is no dialogue: an odd number of turns, turns out of order, an empty question
-            or answer, no image, ``<video>``, or ``<image>`` in a later turn or in another number
-            than the images.
+            or answer, no image, or two columns of them, LLaVA's mark of a video, or ``<image>``
+            in a later turn or in another number than the images.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class DialogueFile:
 def _pictures(
     cells: Mapping[str, Any], image_root: str | os.PathLike[str] | None, where: str
 ) -> tuple[Picture, ...]:
+    if cells.get("image") and cells.get("images"):
+        raise ValueError(f"{where}: both 'image' and 'images'; put all into one of them")
     values = cells.get("image") or cells.get("images") or []
     found = []
     for value in values if isinstance(values, list) else [values]:
@@ -125,8 +127,11 @@ def _turns(entries: Any, images: int, where: str) -> tuple[Turn, ...]:
                 f"{where}: {LLAVA_MARK} in turn {number}; images stand before the dialogue, "
                 "so only the first question may carry the mark"
             )
-    if any(_VIDEO_MARK in text for text in texts):
-        raise ValueError(f"{where}: {_VIDEO_MARK} in a turn; dialogues are about images alone")
+    if texts[0].startswith(_VIDEO_MARK) or texts[0].endswith(f"\n{_VIDEO_MARK}"):
+        raise ValueError(
+            f"{where}: {_VIDEO_MARK} in the first question; dialogues are about images alone, so "
+            "drop the row"
+        )
     texts[0] = _without_marks(texts[0], images, where)
     turns = []
     for number in range(0, len(texts), 2):

@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -151,17 +151,19 @@ class JsonTable:
 
 
 class Unused:
-    """Says which columns of a file are not used, each once."""
+    """Says which columns of a file are not used, each once a process."""
+
+    _said: ClassVar[set[tuple[str, str]]] = set()
 
     def __init__(self, path: str, known: Iterable[str]) -> None:
         self._path, self._known = path, set(known)
 
     def warn(self, names: Iterable[str]) -> None:
         """Log those of ``names`` that are not known and were not named before."""
-        unused = [name for name in names if name not in self._known]
+        unused = [n for n in names if n not in self._known and (self._path, n) not in self._said]
         if unused:
             log.warning("%s: columns %s are not used", self._path, ", ".join(unused))
-            self._known.update(unused)
+            self._said.update((self._path, name) for name in unused)
 
 
 def open_table(path: str | os.PathLike[str], columns: Iterable[str] | None = None) -> Table:
@@ -222,13 +224,12 @@ def read_parquet(files: Sequence[str], columns: Iterable[str] | None = None) -> 
         _refuse_twins(file, names)
         if wanted is not None:
             left_out |= dict.fromkeys(name for name in names if name not in wanted)
-    if size >= MAPPED_FROM_BYTES:
-        return ArrowTable(_mapped(files, wanted), rows, "row", left_out)
+    read = _mapped if size >= MAPPED_FROM_BYTES else _in_memory
     for file in files:
         names = pa.parquet.read_schema(file).names
         kept = None if wanted is None else [name for name in names if name in wanted]
         try:
-            tables.append(pa.parquet.read_table(file, columns=kept, partitioning=None))
+            tables.append(read(file, kept))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{file}: not a readable parquet file ({_first_line(error)})"
@@ -272,13 +273,18 @@ def require_columns(table: Table, path: str, required: Iterable[str], optional: 
             )
 
 
-def _mapped(files: Sequence[str], wanted: set[str] | None) -> pa.Table:
+def _in_memory(file: str, columns: list[str] | None) -> pa.Table:
+    return pa.parquet.read_table(file, columns=columns, partitioning=None)
+
+
+def _mapped(file: str, columns: list[str] | None) -> pa.Table:
     import datasets
 
-    names = pa.parquet.read_schema(files[0]).names
-    columns = None if wanted is None else [name for name in names if name in wanted]
-    with _quiet_datasets():
-        return datasets.Dataset.from_parquet(list(files), columns=columns).data.table
+    try:
+        with _quiet_datasets():
+            return datasets.Dataset.from_parquet(file, columns=columns).data.table
+    except datasets.exceptions.DatasetsError as error:
+        raise OSError(_first_line(error.__cause__ or error)) from error
 
 
 @contextlib.contextmanager

@@ -245,7 +245,8 @@ class TestEvaluate:
     def test_the_results_of_the_trainer(self, runs):
         trainer = json.loads((runs / "two" / "results.json").read_text())
         ours = json.loads((runs / "two-by-1.json").read_text())
-        assert set(ours) == {"sets", "groups", "root"} and set(ours["sets"]) == {"find", "say"}
+        assert set(ours) == {"sets", "groups", "root", "run", "step"}
+        assert ours["step"] == trainer["step"] and set(ours["sets"]) == {"find", "say"}
         assert ours["root"] == trainer["root"] == str(runs / "mmeb")
         assert ours["sets"]["find"]["candidates"] == 6
         for name, row in ours["sets"].items():  # merged in bf16: a near tie may turn
@@ -296,6 +297,7 @@ class TestEvaluate:
         (tmp_path / "config.yaml").write_text(dump(load_config("demo-match")))
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text("{}")
+        (tmp_path / "model" / "coma_ds.json").write_text('{"step": 3}')
         asked = []
 
         def ranking(folder, config, names, device):
@@ -328,7 +330,7 @@ class TestEvaluate:
             "coma-ds export writes it from the newest checkpoint"
         )
 
-    def test_raw_pixels_stand_beside_the_built_in_image_sets(self, tmp_path):
+    def test_raw_pixels_stand_beside_the_built_in_image_sets(self, tmp_path, monkeypatch):
         model, processing = load(base_folder(tmp_path / "base"))
         colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
 
@@ -358,7 +360,11 @@ class TestEvaluate:
         own = config.model_copy(update={"eval": config.eval.model_copy(update={"root": "x"})})
         results = evaluate_ranking(model, Collator(processing), tasks, own, "cpu")
         assert not any("pixel_p@1" in row for row in results["sets"].values())
-        assert format_pixels(results) == ""
+        assert format_pixels(results) == "" and results["root"] == "x"  # a name on the hub
+        monkeypatch.chdir(tmp_path)
+        Path("x").mkdir()
+        results = evaluate_ranking(model, Collator(processing), tasks[:1], own, "cpu")
+        assert results["root"] == f"{tmp_path}/x"
 
 
 class Stripes(Flat):

@@ -39,6 +39,7 @@ def _jsonl(folder: Path, *rows: Any) -> Path:
 def test_llava_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(_png())
     (tmp_path / "b.png").write_bytes(_png("blue"))
+    (tmp_path / "b").mkdir()
     talk = _talk("<image>\n<image>\nWhat is it?", "A fox.", "Color?", "Red.")
     talk[2]["kind"] = "color"
     path = _jsonl(
@@ -60,6 +61,8 @@ def test_llava_jsonl(tmp_path: Path) -> None:
     ]
     assert [p.open().getpixel((0, 0)) for p in second.images] == [(255, 0, 0), (0, 0, 255)]
     assert second.instruction == "Look." and first.instruction == ""
+    talked = _jsonl(tmp_path / "b", _row(conversations=_talk("Use the <video> tag?", "<video>")))
+    assert DialogueFile(talked, tmp_path)[0].turns[0].answer == "<video>"  # a text like any other
     assert third.turns[0].question == "What is it?" == fourth.turns[0].question
     assert len(DialogueFile(path, tmp_path, limit=2)) == 2
     with pytest.raises(IndexError):
@@ -117,6 +120,22 @@ def test_parquet_with_bytes(tmp_path: Path, struct: bool) -> None:
     assert data[0].turns[0].kind == "name"
 
 
+@pytest.mark.parametrize("mapped_from", [None, 0])
+def test_parts_of_which_the_first_lacks_a_column(tmp_path, monkeypatch, mapped_from) -> None:
+    """The same rows whatever the size of the files."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if mapped_from is not None:
+        monkeypatch.setattr("coma_ds.data.tables.MAPPED_FROM_BYTES", mapped_from)
+    rows = [{"image": {"bytes": _png()}, "conversations": _talk("What?", "A fox.")}] * 2
+    for name, more in (("a", {}), ("b", {"instruction": "Look."}), ("c", {"id": "x"})):
+        table = pa.Table.from_pylist([row | more for row in rows])
+        pa.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    data = DialogueFile(tmp_path)
+    assert [d.instruction for d in data] == ["", "", "Look.", "Look.", "", ""]
+    assert data[4].name.endswith("c.parquet row 0 (id x)")
+    assert all(d.images[0].digest() == data[0].images[0].digest() for d in data)
+
+
 def test_parquet_with_lists_and_a_file_larger_than_memory_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,10 +164,11 @@ def test_parquet_with_lists_and_a_file_larger_than_memory_allows(
         ),
         ({"conversations": _talk("a", " ")}, "turn 1 is an empty text"),
         ({"conversations": _talk("<image>\n", "b")}, "turn 0 is an empty text"),
+        ({"images": ["b.png"]}, "both 'image' and 'images'; put all into one"),
         ({"conversations": _talk("a", "b", "<image> c", "d")}, "<image> in turn 2"),
         (
-            {"conversations": _talk("a <video>", "b")},
-            "<video> in a turn; dialogues are about images",
+            {"conversations": _talk("<video>\na", "b")},
+            "<video> in the first question; dialogues are about images",
         ),
         ({"conversations": _talk("a", "b <image>")}, "<image> in turn 1"),
         ({"conversations": _talk("<image><image> a", "b")}, r"2 <image> .* but 1 image\(s\)"),

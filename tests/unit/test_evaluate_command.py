@@ -22,6 +22,7 @@ def asked(tmp_path, monkeypatch) -> list:
     )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "coma_ds.json").write_text('{"step": 4}')
     seen = []
 
     def ranking(folder, config, names, device):
@@ -54,6 +55,43 @@ def test_sets_of_two_roots_are_not_averaged(tmp_path, asked, capsys):
     assert sets("--root", "/two", "--sets", "e") == ["e"]
     assert sets("--sets", "f") == ["f"]
     assert "beside" not in capsys.readouterr().out
+
+
+def test_sets_of_two_models_are_not_averaged(tmp_path, asked):
+    def sets(*words: str) -> list[str]:
+        assert run(["evaluate", *words]) == 0
+        return list(json.loads(file.read_text())["sets"])
+
+    file = tmp_path / "both.json"
+    (tmp_path / "other").symlink_to(tmp_path)
+    for place in (str(tmp_path), f"{tmp_path}/other"):
+        assert sets(place, "--output", str(file), "--sets", "a") == ["a"]
+        assert sets(place, "--output", str(file), "--sets", "b") == ["a", "b"]
+    # and not of two steps of one run
+    (tmp_path / "model" / "coma_ds.json").write_text('{"step": 6}')
+    assert sets(f"{tmp_path}/other", "--output", str(file), "--sets", "c") == ["c"]
+    # the results of a run that was moved are its own
+    file = tmp_path / "results.json"
+    assert sets(str(tmp_path), "--sets", "a") == ["a"]
+    assert sets(f"{tmp_path}/other", "--sets", "b") == ["a", "b"]
+    assert json.loads(file.read_text())["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("none/x.json", None, "x.json cannot be: {}/none is no folder; --output names a file"),
+        ("model", None, "model is a folder; --output names a file"),
+        ("x.json", "{", "x.json holds no results (Expecting property name"),
+        ("x.json", "[1]", "x.json holds no results: name another --output"),
+    ],
+)
+def test_a_bad_output_is_told_before_the_work(tmp_path, asked, capsys, name, text, said):
+    if text:
+        (tmp_path / name).write_text(text)
+    assert run(["evaluate", str(tmp_path), "--output", f"{tmp_path}/{name}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said.format(tmp_path) in error and not asked
 
 
 @pytest.mark.parametrize(

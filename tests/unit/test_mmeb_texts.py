@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pytest
+
 from coma_ds.data.mmeb import MMEBTrain, mmeb_eval
+from coma_ds.data.tables import ArrowTable
 from tests.unit.test_mmeb import _put
 
 
@@ -18,6 +22,14 @@ def test_own_sets_of_texts_alone_are_said_to_be_so(tmp_path: Path, caplog) -> No
         f"{tmp_path}/WebQA has no column qry_img_path: every query is text",
         f"{tmp_path}/GQA has no column tgt_img_path: every candidate is text",
     ]
+
+
+@pytest.mark.parametrize("cut", [lambda table: table.head(1), lambda table: table.select(["a"])])
+def test_a_part_of_a_table_knows_what_was_not_read(cut) -> None:
+    table = ArrowTable(pa.table({"a": [1, 2], "b": [3, 4]}), [("f", 2)], "row", ["c"])
+    assert table.left_out == ("c",)
+    found = cut(table)
+    assert set(found.columns) | set(found.left_out) == {"a", "b", "c"}
 
 
 def test_training_sets_of_texts_alone_are_said_to_be_so(tmp_path: Path, caplog) -> None:

@@ -155,10 +155,15 @@ class TestNothingToEvaluate:
         assert caplog.messages.count(line) == 1 and "P@1" not in caplog.text
         assert not (tmp_path / "run" / "neighbours.json").exists()
 
-    def test_an_evaluation_that_is_not_asked_for(self, tmp_path, measured):
+    @pytest.mark.parametrize("step", [None, 6, 7])
+    def test_an_evaluation_that_is_not_asked_for(self, tmp_path, measured, step):
+        """What was measured of an older model goes with it."""
         run, engine = started(tmp_path, "demo-match", "eval.at_end=false")
+        file = tmp_path / "run" / "results.json"
+        if step:
+            file.write_text(json.dumps({"step": step}))
         run.finish(engine, demo_processing(), 7)
-        assert not measured and not (tmp_path / "run" / "results.json").exists()
+        assert not measured and file.exists() == (step == 7)
 
 
 def test_the_results_of_the_end_are_written(tmp_path, measured, caplog):
