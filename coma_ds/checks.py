@@ -108,6 +108,12 @@ def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
         if config.data.format == "builtin":
             looks = replace(looks, built=GENERATED)
         longest = _look_at(name, reader, data.collator, looks, bad, tasks)
+        budget = config.chunk.tokens
+        if budget and longest > budget:
+            log.warning(
+                "source %s: a sample of %d tokens is above chunk.tokens %d and goes alone",
+                name, longest, budget,
+            )  # fmt: skip
         if not thorough and looks.found < len(reader) and config.data.format != "builtin":
             log.info(
                 "source %s: %d of %d rows were looked at (--dry-run looks at more)",

@@ -342,6 +342,7 @@ class Run:
         if self.config.eval.at_end:
             results = self.evaluate(engine, processing, done, final=True)
             if self.main:
+                results["weights"] = run_folder.fingerprint(self.folder / "model")
                 write_results(self.folder / run_folder.RESULTS, results)
             aside = UNCOMPARED | {OTHER_OBJECTIVE[self.config.objective]: True}
             settings = flatten(self.config.model_dump(mode="json", exclude=aside))

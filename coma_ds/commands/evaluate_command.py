@@ -71,10 +71,9 @@ def execute(args: argparse.Namespace) -> int:
         )
 
     from coma_ds import comm, engine
-    from coma_ds.data.processing import MODEL_EXTRAS
     from coma_ds.evaluation import summed_up, write_results
     from coma_ds.run import log_to_stderr
-    from coma_ds.run_folder import step_in
+    from coma_ds.run_folder import identity
 
     device = engine.start()
     engine.share_threads()
@@ -82,8 +81,8 @@ def execute(args: argparse.Namespace) -> int:
     measure = _ranking if ranking else _bottleneck
     results, text = measure(folder, config, args.sets, device)
     if comm.rank() == 0:
-        results |= {"step": step_in(folder / "model" / MODEL_EXTRAS), "run": str(folder.absolute())}
-        if not is_of(before, results, anywhere=not args.output):
+        results |= identity(folder / "model")
+        if any(before.get(key) != results.get(key) for key in ("weights", "root")):
             before = {}
         others = before.get("sets", {}).keys() - results.get("sets", {}).keys()
         kept = ""
@@ -109,20 +108,11 @@ def read_results(file: Path) -> dict:
             return {}
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} holds no results ({error}): name another --output") from None
-        if isinstance(results, dict):
+        if isinstance(results, dict) and {"sets", "bottleneck", "training_seconds"} & {*results}:
             return results
         raise ValueError(f"{file} holds no results: name another --output")
     place = "is a folder" if file.is_dir() else f"cannot be: {file.absolute().parent} is no folder"
     raise ValueError(f"{file} {place}; --output names a file")
-
-
-def is_of(before: dict, results: dict, *, anywhere: bool) -> bool:
-    """True where earlier results are of the same model and the same sets' root.
-
-    A file in the folder of its run may have moved with it (``anywhere``).
-    """
-    keys = ["step", "root"] if anywhere else ["step", "root", "run"]
-    return all(before.get(key) == results.get(key) for key in keys)
 
 
 def _ranking(folder: Path, config: RunConfig, sets: list[str], device: torch.device):

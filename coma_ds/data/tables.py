@@ -224,12 +224,12 @@ def read_parquet(files: Sequence[str], columns: Iterable[str] | None = None) -> 
         _refuse_twins(file, names)
         if wanted is not None:
             left_out |= dict.fromkeys(name for name in names if name not in wanted)
-    read = _mapped if size >= MAPPED_FROM_BYTES else _in_memory
-    for file in files:
+    for file, count in rows:
         names = pa.parquet.read_schema(file).names
         kept = None if wanted is None else [name for name in names if name in wanted]
         try:
-            tables.append(read(file, kept))
+            large = size >= MAPPED_FROM_BYTES and count and kept != []
+            tables.append(_mapped(file, kept) if large else _in_memory(file, kept))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{file}: not a readable parquet file ({_first_line(error)})"

@@ -14,7 +14,7 @@ import torch
 from coma_ds import checks, train
 from coma_ds.assemble import build_data
 from coma_ds.checks import check_run
-from coma_ds.config import RunConfig, validate
+from coma_ds.config import ChunkConfig, RunConfig, validate
 from tests.folders import mmeb_folder, png
 from tests.tiny import demo_processing
 
@@ -52,6 +52,14 @@ def write_dialogues(path: Path, *images: str) -> None:
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a thing"}]
     lines = [{"image": image, "conversations": turns} for image in images]
     path.write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_a_sample_above_the_budget_of_a_chunk_is_told(tmp_path, caplog):
+    write_pairs(tmp_path, 8)
+    config, budget = config_of(tmp_path), "a sample of 26 tokens is above chunk.tokens"
+    for tokens in (None, 26, 25):
+        look(config.model_copy(update={"chunk": ChunkConfig(tokens=tokens)}))
+        assert (f"{budget} {tokens} and goes alone" in caplog.text) == (tokens == 25)
 
 
 def look(config: RunConfig, *, thorough: bool = False, **limits) -> None:

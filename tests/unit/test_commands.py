@@ -20,6 +20,7 @@ from coma_ds.config import RunConfig, dump, load_config
 from coma_ds.data.records import RankingTask, Side
 from coma_ds.evaluation import GROUPS, group_means
 from coma_ds.recipe_files import recipe_names
+from coma_ds.run_folder import fingerprint
 from tests.distributed.harness import run_world
 from tests.folders import base_folder, load, mmeb_folder
 from tests.tiny import Flat
@@ -245,8 +246,9 @@ class TestEvaluate:
     def test_the_results_of_the_trainer(self, runs):
         trainer = json.loads((runs / "two" / "results.json").read_text())
         ours = json.loads((runs / "two-by-1.json").read_text())
-        assert set(ours) == {"sets", "groups", "root", "run", "step"}
-        assert ours["step"] == trainer["step"] and set(ours["sets"]) == {"find", "say"}
+        assert set(ours) == {"sets", "groups", "root", "weights", "step"}
+        assert [ours[key] == trainer[key] for key in ("step", "weights")] == [True, True]
+        assert set(ours["sets"]) == {"find", "say"}
         assert ours["root"] == trainer["root"] == str(runs / "mmeb")
         assert ours["sets"]["find"]["candidates"] == 6
         for name, row in ours["sets"].items():  # merged in bf16: a near tie may turn
@@ -293,11 +295,12 @@ class TestEvaluate:
         rows = {"a": ("Cls", "IND", 0.5), "b": ("Ret", "OOD", 0.25), "c": ("Ret", "OOD", 0.0)}
         keys = ("group", "domain", "p@1")
         before = {"step": 3, "sets": {n: dict(zip(keys, row)) for n, row in rows.items()}}
-        (tmp_path / "results.json").write_text(json.dumps(before | {"groups": {"All": 0.25}}))
         (tmp_path / "config.yaml").write_text(dump(load_config("demo-match")))
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text("{}")
         (tmp_path / "model" / "coma_ds.json").write_text('{"step": 3}')
+        before |= {"weights": fingerprint(tmp_path / "model"), "groups": {"All": 0.25}}
+        (tmp_path / "results.json").write_text(json.dumps(before))
         asked = []
 
         def ranking(folder, config, names, device):

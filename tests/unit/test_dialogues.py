@@ -130,10 +130,30 @@ def test_parts_of_which_the_first_lacks_a_column(tmp_path, monkeypatch, mapped_f
     for name, more in (("a", {}), ("b", {"instruction": "Look."}), ("c", {"id": "x"})):
         table = pa.Table.from_pylist([row | more for row in rows])
         pa.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    pa.parquet.write_table(table.slice(0, 0), tmp_path / "bb.parquet")
     data = DialogueFile(tmp_path)
     assert [d.instruction for d in data] == ["", "", "Look.", "Look.", "", ""]
     assert data[4].name.endswith("c.parquet row 0 (id x)")
     assert all(d.images[0].digest() == data[0].images[0].digest() for d in data)
+
+
+@pytest.mark.parametrize("mapped_from", [1 << 40, 0])
+def test_a_part_that_cannot_be_read(tmp_path, monkeypatch, mapped_from) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("coma_ds.data.tables.MAPPED_FROM_BYTES", mapped_from)
+    file = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist([_row()] * 900), file)
+    content = bytearray(file.read_bytes())
+    content[4:60] = b"\xff" * 56  # the first page; what the end of the file says is right
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{file}: not a readable parquet file \(.+\)$"):
+        DialogueFile(tmp_path)
+    pa.parquet.write_table(pa.table({"other": [1, 2]}), file)
+    pa.parquet.write_table(pa.Table.from_pylist([_row()]), tmp_path / "b.parquet")
+    data = DialogueFile(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"a\.parquet row 0: no image"):
+        data[0]
+    assert data[2].turns[0].answer == "A fox."
 
 
 def test_parquet_with_lists_and_a_file_larger_than_memory_allows(
@@ -166,6 +186,10 @@ def test_parquet_with_lists_and_a_file_larger_than_memory_allows(
         ({"conversations": _talk("<image>\n", "b")}, "turn 0 is an empty text"),
         ({"images": ["b.png"]}, "both 'image' and 'images'; put all into one"),
         ({"conversations": _talk("a", "b", "<image> c", "d")}, "<image> in turn 2"),
+        (
+            {"conversations": _talk("What?\n<video>", "b")},
+            "<video> in the first question; dialogues are about images",
+        ),
         (
             {"conversations": _talk("<video>\na", "b")},
             "<video> in the first question; dialogues are about images",

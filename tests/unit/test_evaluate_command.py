@@ -11,7 +11,7 @@ from coma_ds.commands import evaluate_command
 from coma_ds.commands.main import run
 from coma_ds.config import dump, load_config
 from coma_ds.evaluation import group_means
-from coma_ds.run_folder import forget_results
+from coma_ds.run_folder import fingerprint, forget_results
 
 
 @pytest.fixture
@@ -57,24 +57,32 @@ def test_sets_of_two_roots_are_not_averaged(tmp_path, asked, capsys):
     assert "beside" not in capsys.readouterr().out
 
 
-def test_sets_of_two_models_are_not_averaged(tmp_path, asked):
+@pytest.mark.parametrize("name", ["results.json", "both.json"])
+def test_sets_of_two_models_are_not_averaged(tmp_path, asked, name):
     def sets(*words: str) -> list[str]:
-        assert run(["evaluate", *words]) == 0
-        return list(json.loads(file.read_text())["sets"])
+        assert run(["evaluate", *words, "--output", str(tmp_path / name)]) == 0
+        return list(json.loads((tmp_path / name).read_text())["sets"])
 
-    file = tmp_path / "both.json"
-    (tmp_path / "other").symlink_to(tmp_path)
-    for place in (str(tmp_path), f"{tmp_path}/other"):
-        assert sets(place, "--output", str(file), "--sets", "a") == ["a"]
-        assert sets(place, "--output", str(file), "--sets", "b") == ["a", "b"]
-    # and not of two steps of one run
-    (tmp_path / "model" / "coma_ds.json").write_text('{"step": 6}')
-    assert sets(f"{tmp_path}/other", "--output", str(file), "--sets", "c") == ["c"]
-    # the results of a run that was moved are its own
-    file = tmp_path / "results.json"
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(b"a" * 3_000_000)
+    (tmp_path / "moved").symlink_to(tmp_path)
     assert sets(str(tmp_path), "--sets", "a") == ["a"]
-    assert sets(f"{tmp_path}/other", "--sets", "b") == ["a", "b"]
-    assert json.loads(file.read_text())["step"] == 6
+    assert sets(f"{tmp_path}/moved", "--sets", "b") == ["a", "b"]
+    weights.write_bytes(b"a" * 1_000_000 + b"b" * 2_000_000)  # trained again, to the same step
+    assert sets(str(tmp_path), "--sets", "c") == ["c"]
+    assert json.loads((tmp_path / name).read_text())["step"] == 4
+
+
+def test_what_the_trainer_measured_stays(tmp_path, asked):
+    """Also where its file is named."""
+    row = {"group": "Ret", "domain": "OOD", "p@1": 0.0}
+    mine = {"sets": {"a": row}, "root": None, "weights": fingerprint(tmp_path / "model")}
+    for words in ([], ["--output", f"{tmp_path}/results.json"]):
+        (tmp_path / "results.json").write_text(json.dumps(mine | {"training_seconds": 7.5}))
+        assert run(["evaluate", str(tmp_path), "--sets", "b", *words]) == 0
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert set(found["sets"]) == {"a", "b"} and found["training_seconds"] == 7.5
+        assert found["groups"]["All"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -84,6 +92,7 @@ def test_sets_of_two_models_are_not_averaged(tmp_path, asked):
         ("model", None, "model is a folder; --output names a file"),
         ("x.json", "{", "x.json holds no results (Expecting property name"),
         ("x.json", "[1]", "x.json holds no results: name another --output"),
+        ("model/config.json", None, "config.json holds no results: name another --output"),
     ],
 )
 def test_a_bad_output_is_told_before_the_work(tmp_path, asked, capsys, name, text, said):

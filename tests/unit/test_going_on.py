@@ -77,6 +77,18 @@ class TestAJobThatIsStartedAgain:
         assert begin(folder, how)[0] == first
         assert names(folder / "checkpoints-2") == [3, 2]
 
+    def test_goes_back_again_until_it_has_a_checkpoint_of_its_own(self, tmp_path, monkeypatch):
+        """The one that it was sent back to is of the run before, of another config."""
+        folder = tmp_path / "run"
+        (earlier, _) = put(folder, 1, 3)
+        how = [f"checkpoint.resume={earlier}", "seed=7"]
+        for restart in (0, 1):
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+            assert begin(folder, *how)[0] == 1
+        put_checkpoint(folder, 2, config(folder, "seed=7"))
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        assert begin(folder, *how)[0] == 2
+
     @pytest.mark.parametrize("resume", ["none", "path"])
     def test_takes_it_again_where_it_had_none(self, tmp_path, monkeypatch, resume):
         (elsewhere,) = put(tmp_path / "other", 1)

@@ -151,7 +151,7 @@ class TestNothingToEvaluate:
         run, engine = started(tmp_path, f"demo-{objective}", "init_from=null", *overrides)
         run.finish(engine, demo_processing(), 7)
         written = json.loads((tmp_path / "run" / "results.json").read_text())
-        assert written == {"step": 7, "training_seconds": 0.0}
+        assert written.keys() == {"step", "training_seconds", "weights"}
         assert caplog.messages.count(line) == 1 and "P@1" not in caplog.text
         assert not (tmp_path / "run" / "neighbours.json").exists()
 
