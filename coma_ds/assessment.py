@@ -25,6 +25,7 @@ from coma_ds.data.dialogues import DialogueFile, questions_of
 from coma_ds.data.mmeb import mmeb_eval
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
 from coma_ds.data.records import Dialogue, RankingTask, Side
+from coma_ds.disk import room
 from coma_ds.evaluation import evaluate, precision_at_1
 from coma_ds.inference import Run, encode_sides, greedy_answers
 
@@ -44,7 +45,7 @@ def load_tasks(config: RunConfig, cache: Path, sets: Sequence[str] = ()) -> list
     if root is None:
         if config.data.format != "builtin":
             return []
-        comm.decide(lambda: write_mmeb_eval(cache))
+        comm.decide(lambda: _write_sets(cache))
         root = str(cache)
     if images is None and (Path(root) / "images").is_dir():
         images = str(Path(root) / "images")
@@ -54,6 +55,13 @@ def load_tasks(config: RunConfig, cache: Path, sets: Sequence[str] = ()) -> list
         if name not in names:
             raise ValueError(f"evaluation set {name!r} is not in {root}: it has {', '.join(names)}")
     return [mmeb_eval(root, images, name) for name in wanted]
+
+
+def _write_sets(folder: Path) -> None:
+    try:
+        write_mmeb_eval(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written, {room(folder)} ({error})") from error
 
 
 def evaluate_ranking(

@@ -24,6 +24,7 @@ from coma_ds.engine import Engine
 from coma_ds.manifest import (
     POINTER,
     STAGING,
+    UNIVERSAL,
     Manifest,
     digest,
     problems,
@@ -43,7 +44,6 @@ from coma_ds.manifest import (
 log = logging.getLogger("coma_ds")
 
 PATIENCE = 1800.0  # seconds in which the other ranks must have hashed their files
-UNIVERSAL = "universal-"
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ class Checkpoints:
                 shutil.rmtree(staging, ignore_errors=True)
             return Published(step, found[0])
         manifest = Manifest(
-            step, comm.world_size(), engine.stage, {}, engine.frozen_weights(), metric
-        )
+            step, comm.world_size(), engine.stage, {}, engine.frozen_weights(), metric,
+            self.config.best,
+        )  # fmt: skip
         waited = time.monotonic() - began
         self._outcome = None
         self._thread = threading.Thread(
@@ -158,7 +159,10 @@ class Checkpoints:
         self._announce(manifest.step)
         settings = self.config
         for path in surplus(
-            self.folder, keep_last=settings.keep_last, keep_every=settings.keep_every
+            self.folder,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+            best=settings.best,
         ):
             remove(path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import textwrap
 import zlib
 from collections.abc import Sequence
@@ -21,7 +22,10 @@ from torch import Tensor
 
 from coma_ds.data.records import IMAGE_MARK, Picture, RankingTask, Side
 from coma_ds.evaluation import COLUMNS, neighbours, rank_gold
+from coma_ds.manifest import write_atomically
 from coma_ds.metrics import Monitor
+
+log = logging.getLogger("coma_ds")
 
 NEAREST = 5
 SAMPLES, SHOWN = 12, 6  # queries written down for a set, and those of them in its picture
@@ -80,7 +84,10 @@ class Displays:
             self.monitor.table(f"results/{name}", header, rows, self.step)
         if self.final and self.found:
             tree = {name: [asdict(item) for item in found] for name, found in self.found.items()}
-            (self.folder / NEIGHBOURS_FILE).write_text(json.dumps(tree) + "\n")
+            try:
+                write_atomically(self.folder / NEIGHBOURS_FILE, json.dumps(tree) + "\n")
+            except OSError as error:
+                log.warning("%s cannot be written: %s", NEIGHBOURS_FILE, error)
 
 
 def sample_queries(name: str, queries: int, count: int = SAMPLES) -> list[int]:

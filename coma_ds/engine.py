@@ -227,6 +227,8 @@ class Engine:
         """
         writer = _Writer(self._engine.checkpoint_engine)
         self._engine.checkpoint_engine = writer
+        # A script of DeepSpeed's that it puts beside its shards, whether there is room or not.
+        self._engine._copy_recovery_script = lambda path: None
         hook = self.model.register_state_dict_post_hook(_drop_frozen)
         try:
             self._engine.save_checkpoint(

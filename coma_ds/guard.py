@@ -61,8 +61,11 @@ class Guard:
             log.warning("step %d was skipped on every rank: its gradient is not finite", done)
         if self._folder is not None:
             line = {"step": done, "reason": reason, "loss": _plain(loss), "samples": samples}
-            with (self._folder / SKIPPED_FILE).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with (self._folder / SKIPPED_FILE).open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                log.warning("step %d is not in %s: %s", done, SKIPPED_FILE, error)
         if self._in_a_row >= self.config.skips_in_a_row:
             raise ValueError(
                 f"{self._in_a_row} steps in a row were skipped, the last is {done} ({reason}): "

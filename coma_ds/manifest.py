@@ -19,12 +19,14 @@ log = logging.getLogger("coma_ds")
 
 MANIFEST, POINTER = "manifest.json", "latest"
 DELETING, STAGING, BROKEN = "deleting-", "staging-", "broken-"
+UNIVERSAL = "universal-"  # a copy in DeepSpeed's form for any number of ranks, while it is read
 
 
 @dataclass(frozen=True)
 class Manifest:
     """``files``: size in bytes and hash by name.  ``frozen``: what was left out, and where it is
-    (see ``Engine.frozen_weights``).  ``metric``: an evaluated value of this step, for ``best``."""
+    (see ``Engine.frozen_weights``).  ``metric``: an evaluated value of this step, for ``best``, by
+    the name ``measure``."""
 
     step: int
     world: int
@@ -32,6 +34,7 @@ class Manifest:
     files: dict[str, tuple[int, str]]
     frozen: dict = field(default_factory=dict)
     metric: float | None = None
+    measure: str = ""
 
 
 def step_name(step: int) -> str:
@@ -121,19 +124,20 @@ def whole(checkpoint: Path) -> Manifest | None:
         return None
 
 
-def surplus(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
+def surplus(folder: Path, *, keep_last: int, keep_every: int, best: str = "") -> list[Path]:
     """Whole checkpoints that need not be kept.
 
     Kept are the last ``keep_last`` (0: all), those of steps that ``keep_every`` divides (0: none)
-    and the one with the highest metric.  One that is not whole counts for nothing and stays.
+    and the one with the highest metric, of the name ``best``.  One that is not whole counts for
+    nothing and stays.
     """
     found = [(path, manifest) for path in published(folder) if (manifest := whole(path))]
-    measured = [m for _, m in found if m.metric is not None]
-    best = max(measured, key=lambda m: (m.metric, m.step)).step if measured else None
+    measured = [m for _, m in found if m.metric is not None and m.measure == best]
+    top = max(measured, key=lambda m: (m.metric, m.step)).step if measured else None
     return [
         path
         for path, m in found[keep_last or len(found) :]
-        if m.step != best and not (keep_every and m.step % keep_every == 0)
+        if m.step != top and not (keep_every and m.step % keep_every == 0)
     ]
 
 
@@ -175,7 +179,7 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def remove_remains(folder: Path) -> None:
-    """What an interrupted save or removal left."""
-    for start in (STAGING, DELETING):
+    """What an interrupted save, removal or conversion left."""
+    for start in (STAGING, DELETING, UNIVERSAL):
         for path in folder.glob(f"{start}*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from coma_ds.manifest import write_atomically
 
 log = logging.getLogger("coma_ds")
 
@@ -31,12 +35,21 @@ SPEED = (
 class Monitor:
     """Scalars of every step, and at evaluations tables, pictures and the projector.
 
-    ``resume_step``: steps from there on are written anew (an interrupted run may have written
-    some of them).  A monitor that is not ``active`` (other ranks) writes nothing.
+    ``resume_step``: steps from there on are written anew (an interrupted run may have written some
+    of them); with ``ended`` all steps are there, and what was evaluated at the end is written anew
+    (TensorBoard forgets points and pictures of the first time, its texts stand twice). A monitor
+    that is not ``active`` (other ranks) writes nothing; a full disk costs what could not be
+    written, not the run.
     """
 
     def __init__(
-        self, folder: Path, *, active: bool, tensorboard: bool = True, resume_step: int = 0
+        self,
+        folder: Path,
+        *,
+        active: bool,
+        tensorboard: bool = True,
+        resume_step: int = 0,
+        ended: bool = False,
     ) -> None:
         self.active = active
         self._told = False
@@ -46,11 +59,17 @@ class Monitor:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        keep_before(path, resume_step)
+        last = resume_step - 1
+        kept = keep_before(path, resume_step, last_eval=last - 1 if ended else None)
         self._file = path.open("a")
         if tensorboard:
-            purge = resume_step or None
+            purge = (last if ended else resume_step) or None
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            for line in kept if ended else ():
+                if line["step"] == last:  # it went with the evaluation of its step
+                    group = line.pop("group")
+                    values = {k: float(v) for k, v in line.items() if k not in ("step", "time")}
+                    self._points(last, values, group, None)
 
     def scalars(
         self,
@@ -64,11 +83,15 @@ class Monitor:
         ``tags`` names the curves of those values that TensorBoard shows, where it is given; else
         it shows all, those of the machine beside those of the training.
         """
-        if not self.active:
-            return
+        if self.active:
+            with self._room_or_not(step):
+                self._write(step, values, group, tags)
+
+    @contextmanager
+    def _room_or_not(self, step: int) -> Iterator[None]:
         try:
-            self._write(step, values, group, tags)
-        except OSError as error:  # a full disk must not end a run that can go on
+            yield
+        except OSError as error:
             if not self._told:
                 log.warning("step %d is not in the metrics: %s", step, error)
             self._told = True
@@ -79,6 +102,9 @@ class Monitor:
         line |= {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        self._points(step, values, group, tags)
+
+    def _points(self, step, values, group, tags) -> None:
         for name, value in values.items():
             tag = f"{group} speed/{name}" if name in SPEED else f"{group}/{name}"
             if tags is not None:
@@ -89,7 +115,8 @@ class Monitor:
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Markdown under TensorBoard's text tab."""
         if self._board:
-            self._board.add_text(name, text, step)
+            with self._room_or_not(step):
+                self._board.add_text(name, text, step)
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]], step: int):
         """A markdown table under the text tab."""
@@ -100,15 +127,20 @@ class Monitor:
     def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
         """A picture, uint8 [H, W, 3]."""
         if self._board:
-            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+            with self._room_or_not(step):
+                self._board.add_image(name, image_HWC, step, dataformats="HWC")
 
     def projector(
         self, name: str, emb_NE: np.ndarray, labels: Sequence[str], thumbs_N3HW, step: int
     ) -> None:
         """Embeddings with labels and thumbnails (float in 0..1, [N, 3, H, W]) for the projector."""
-        if self._board:
-            import torch
+        if not self._board:
+            return
+        import torch
 
+        with self._room_or_not(step):
+            # its folder, should this evaluation be taken again
+            shutil.rmtree(Path(self._board.log_dir) / f"{step:05d}" / name, ignore_errors=True)
             self._board.add_embedding(
                 torch.from_numpy(emb_NE), list(labels), torch.from_numpy(thumbs_N3HW), step, name
             )
@@ -135,20 +167,24 @@ class Monitor:
             self._board.close()
 
 
-def keep_before(path: Path, step: int) -> None:
-    """Drop the lines of ``step`` and later, and a last line that was cut off, of a JSONL file."""
+def keep_before(path: Path, step: int, *, last_eval: int | None = None) -> list[dict[str, Any]]:
+    """Drop the lines of ``step`` and later, and a last line that was cut off, of a JSONL file.
+
+    Evaluations after the step ``last_eval`` are dropped as well.  Returns the lines that stay.
+    """
     if not path.is_file():
-        return
+        return []
     kept = []
-    for line in path.read_text().splitlines():
+    for text in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            again = last_eval is not None and line.get("group") == "eval"
+            if line["step"] < step and not (again and line["step"] > last_eval):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

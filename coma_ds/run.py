@@ -104,16 +104,20 @@ class Run:
             begin = partial(run_folder.begin, self.config, self._mine, engine.ds_config)
             comm.decide(begin)
             if self.main:
-                self.requests.announce(step)
+                self.requests.announce(step, gained=False)
         logging_config = self.config.logging
         active = self.keep and self.main
         first = step + 1 if own else 1
         self.monitor = Monitor(
-            self.folder, active=active, tensorboard=logging_config.tensorboard, resume_step=first
+            self.folder,
+            active=active,
+            tensorboard=logging_config.tensorboard,
+            resume_step=first,
+            ended=own and 0 < step == self.config.optim.steps,
         )
         if active:
             keep_before(self.folder / SKIPPED_FILE, first)
-        self.monitor.text("config", f"```\n{dump(self.config)}```")
+        self.monitor.text("config", f"```\n{dump(self.config)}```", first)
         if self.main and logging_config.progress and sys.stderr.isatty():
             steps = self.config.optim.steps
             self.bar = tqdm(total=steps, initial=step, desc=self.config.objective, unit="step")
@@ -343,7 +347,8 @@ class Run:
             results = self.evaluate(engine, processing, done, final=True)
             if self.main:
                 results["weights"] = run_folder.fingerprint(self.folder / "model")
-                write_results(self.folder / run_folder.RESULTS, results)
+                with run_folder.written(self.folder):
+                    write_results(self.folder / run_folder.RESULTS, results)
             aside = UNCOMPARED | {OTHER_OBJECTIVE[self.config.objective]: True}
             settings = flatten(self.config.model_dump(mode="json", exclude=aside))
             self.monitor.hparams(settings, result_tags(curves(results)[1]))

@@ -111,10 +111,14 @@ class Requests:
             return Request.SAVE
         return Request.NOTHING
 
-    def announce(self, step: int) -> None:
-        """Tell the job script which step is published; a job without such a folder is not told."""
+    def announce(self, step: int, *, gained: bool = True) -> None:
+        """Tell the job script which step is published, and whether this start has ``gained`` it; a
+        job without such a folder is not told."""
         if self._job and self._job.is_dir():
             write_atomically(self._job / "published", f"{step}\n")
+            if gained:
+                with (self._job / "gained").open("a") as file:
+                    file.write(f"{os.environ.get('SLURM_RESTART_COUNT', 0)}\n")
 
 
 def check_not_held(folder: Path) -> None:

@@ -35,11 +35,16 @@ esac
 
 for name in COMA_RANKS_PER_NODE COMA_MAX_RESTARTS COMA_DS_LEAD_SECONDS COMA_MASTER_PORT \
     COMA_PREFLIGHT_SECONDS; do
-    if [[ -n ${!name:-} && ! ${!name} =~ ^[0-9]+$ ]]; then
+    if [[ -n ${!name:-} && ! ${!name} =~ ^(0|[1-9][0-9]*)$ ]]; then
         fail "$name is '${!name}': expected a whole number"
     fi
 done
-if [[ ${COMA_RANKS_PER_NODE:-1} =~ ^0+$ ]]; then fail 'COMA_RANKS_PER_NODE is 0: expected 1 or more'; fi
+for name in COMA_RANKS_PER_NODE COMA_DS_LEAD_SECONDS COMA_MASTER_PORT; do
+    if [[ ${!name:-1} == 0 ]]; then fail "$name is 0: expected 1 or more"; fi
+done
+if ((${COMA_MASTER_PORT:-1} > 65535)); then
+    fail "COMA_MASTER_PORT is '$COMA_MASTER_PORT': expected 65535 or less"
+fi
 if [[ ! ${COMA_MIN_FREE_GIB:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
     fail "COMA_MIN_FREE_GIB is '$COMA_MIN_FREE_GIB': expected a number of GiB"
 fi
@@ -69,7 +74,8 @@ if [[ $COMA_PYTHON == */* && $COMA_PYTHON != /* ]]; then COMA_PYTHON=$root/$COMA
 read -r -a python <<<"${COMA_CONTAINER:-}"
 python+=("$COMA_PYTHON" -P)
 COMA_PYTHON_COMMAND=$(printf '%q ' "${python[@]}")
-export COMA_PYTHON_COMMAND
+# as -P, for all that is started below: else `-m` would look into the current folder first
+export COMA_PYTHON_COMMAND PYTHONSAFEPATH=1
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
 gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -145,8 +151,8 @@ fi
 # The code that runs is the package that Python finds, which may stand elsewhere.
 find_package() {
     local find='import importlib.util as u; print(*u.find_spec("coma_ds").submodule_search_locations)'
-    package=$("${python[@]}" -c "$find" 2>/dev/null) ||
-        fail "$COMA_PYTHON_COMMAND does not find coma_ds: install it there (pip install -e .)"
+    package=$("${python[@]}" -c "$find") || fail "Python does not find coma_ds: install it" \
+        "there (pip install -e .), or give another one (COMA_PYTHON, COMA_VENV): $COMA_PYTHON_COMMAND"
     if [[ ! $package -ef coma_ds ]]; then
         say "the code that runs is that of $package, not of $root"
     fi
@@ -175,7 +181,7 @@ record() { # what this job is made of
 # TERM comes to every process of this script, twice with pre-emption: no other program may be
 # needed to write the file, and none that is run from there on may die of it.
 
-signals=0 stopping='' ended='' timer=''
+signals=0 stopping='' ended='' timer='' nothing_to_save=''
 
 ask_to_stop() {
     is_newest || return 0
@@ -193,7 +199,10 @@ seconds_left() {
 on_usr1() {
     signals=$((signals + 1))
     ask_to_stop 'SLURM warns of the end (time limit or pre-emption)'
-    if [[ -z $timer ]]; then
+    if [[ -n $nothing_to_save ]]; then
+        if [[ -z $timer ]]; then end_step; fi
+        timer=none
+    elif [[ -z $timer ]]; then
         local lead=$COMA_DS_LEAD_SECONDS left
         left=$(seconds_left) && ((left < lead)) && lead=$left
         # after the ranks' own timer (30 s before the end), in time for a requeue
@@ -214,6 +223,9 @@ hard_timer() { # a subshell: end the step, whatever hangs
     trap "kill $! 2>/dev/null; exit" TERM
     wait $!
     say "the ranks did not stop within $1 s: they are ended"
+    end_step
+}
+end_step() {
     local step
     squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format '%i' |
         while read -r step; do
@@ -253,12 +265,12 @@ requeue() { # REASON
     scontrol requeue "$job_id"
 }
 
-# Starts in a row, this one included, in which no step was gained.
+# Starts in a row, this one included, in which no step was published.
 idle_starts() {
-    local count=0 last published_then
-    last=$(published)
-    while read -r _ published_then _; do
-        if ((published_then < last)); then break; fi
+    local count=0 start
+    touch "$COMA_DS_CONTROL/gained"
+    while read -r start _; do
+        if grep -qx "$start" "$COMA_DS_CONTROL/gained"; then break; fi
         count=$((count + 1))
     done < <(tac "$COMA_DS_CONTROL/starts")
     echo "$count"
@@ -266,7 +278,7 @@ idle_starts() {
 
 finish() { # CODE MESSAGE: what the ranks' end means for the job
     local code=$1 message=$2 idle
-    if [[ -n $timer ]]; then kill "$timer" 2>/dev/null || true; fi
+    if [[ -n $timer && $timer != none ]]; then kill "$timer" 2>/dev/null || true; fi
     if ! is_newest; then
         say 'this job runs elsewhere by now: this start of it ends'
         exit 0
@@ -297,13 +309,14 @@ finish() { # CODE MESSAGE: what the ranks' end means for the job
         say "ended by SLURM at step $(published)"
         exit 143
     fi
+    if [[ -n $stopping && $code != 2 ]]; then code=85; fi # ended in the end, as it was asked to
     case $code in
     2) exit 2 ;;
     85)
         if ((idle < 3)); then
-            requeue "stopped at step $(published)" && exit 0
+            requeue "stopped${nothing_to_save:- at step $(published)}" && exit 0
         else
-            say "not started again: no step was gained in $idle starts"
+            say "not started again: $idle starts were stopped before anything was gained"
         fi
         ;;
     *)
@@ -381,6 +394,7 @@ launch_train() { # DEFAULT_RECIPE [RECIPE] [KEY=VALUE ...]
 
 launch_evaluate() { # RUN [OPTION ...]
     if [[ -z ${1:-} ]]; then fail 'evaluate: name the folder of a run'; fi
+    nothing_to_save=' before its end'
     begin
     preflight --run "$1"
     launch -m coma_ds.commands.main evaluate "$@"

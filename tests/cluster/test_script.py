@@ -181,7 +181,7 @@ def test_an_older_start_ends_without_a_requeue(submitted):
 def test_ranks_that_do_not_stop_are_ended_in_time(submitted):
     job = submitted["hang"]
     job.wait_for_words("job: the ranks did not stop within 4 s: they are ended")
-    job.wait_for_words("requeued, restart 1 of at most 1: a fault after step")
+    job.wait_for_words("requeued, restart 1 of at most 1: stopped at step")
 
 
 @pytest.mark.parametrize("name", ["killed", "killed deepspeed"])

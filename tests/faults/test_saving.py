@@ -158,12 +158,18 @@ def small_disk(tmp_path):
 def test_a_full_disk_costs_a_checkpoint_and_no_more(small_disk, runs):
     output = small_disk / "run"
     end = small_disk / "end"
-    wanted = [run(output, at_3="fill", at_5="free")]  # step 4 finds no room
+    # step 4 finds no room, or the very first checkpoint
+    wanted = [
+        run(output, at_3="fill", at_5="free"),
+        run(small_disk / "1", at_1="fill", at_3="free"),
+    ]
     wanted += [run(end, at_5="fill"), run(end), run(end, at_0="free")]
-    (first, full, refused, again), (_, *others, _) = run_world(2, TARGET, runs=wanted)
+    (first, other, full, refused, again), (_, _, *others, _) = run_world(2, TARGET, runs=wanted)
     told = "\n".join(first["said"])
     assert first["code"] == 0
     assert "no checkpoint of step 4: " in told
+    assert other["code"] == 0 and "no checkpoint of step 2: " in "\n".join(other["said"])
+    assert steps(small_disk / "1") == [6, 4] and losses(other) == losses(first)
     assert "cannot be written, 0 MB are free there" in told
     assert steps(output) == [6, 2]
     assert all(problems(p) == [] for p in published(output / "checkpoints"))

@@ -26,6 +26,8 @@ def sourced(**settings: str) -> subprocess.CompletedProcess[str]:
         ("COMA_MAX_RESTARTS", "many", "expected a whole number"),
         ("COMA_DS_LEAD_SECONDS", "5min", "expected a whole number"),
         ("COMA_MASTER_PORT", "abc", "expected a whole number"),
+        ("COMA_MASTER_PORT", "65536", "expected 65535 or less"),
+        ("COMA_RANKS_PER_NODE", "08", "expected a whole number"),
         ("COMA_PREFLIGHT_SECONDS", "-1", "expected a whole number"),
         ("COMA_MIN_FREE_GIB", "2G", "expected a number of GiB"),
         ("COMA_VENV", "/nowhere/venv", "there is no bin/python in it"),
@@ -37,10 +39,13 @@ def test_a_wrong_setting_is_named_before_anything_runs(name, value, said):
     assert done.stderr == f"job: error: {name} is '{value}': {said}\n"
 
 
-def test_no_rank_at_all():
-    done = sourced(COMA_RANKS_PER_NODE="0")
+@pytest.mark.parametrize(
+    "name", ["COMA_RANKS_PER_NODE", "COMA_DS_LEAD_SECONDS", "COMA_MASTER_PORT"]
+)
+def test_none_at_all(name):
+    done = sourced(**{name: "0"})
     assert done.returncode == 2
-    assert done.stderr == "job: error: COMA_RANKS_PER_NODE is 0: expected 1 or more\n"
+    assert done.stderr == f"job: error: {name} is 0: expected 1 or more\n"
 
 
 LAUNCH = """
@@ -99,6 +104,78 @@ def test_what_is_checked_is_what_is_trained(job, words, recipe, overrides, optio
 def test_two_recipes_or_none_are_refused(job, words, said):
     done = launched(job, *words)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr == f"job: error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("starts", "gained", "idle"),
+    [
+        ([0], [], 1),
+        ([0], [0], 0),
+        ([0, 1, 2], [0], 2),
+        ([0, 1, 2], [0, 0, 2, 2], 0),  # also after it fell back from a broken checkpoint
+        ([0, 1, 11], [1], 1),
+    ],
+)
+def test_starts_in_which_nothing_was_gained(job, tmp_path, starts, gained, idle):
+    script = "source slurm/common.sh; cp $0/* $COMA_DS_CONTROL; idle_starts"
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "starts").write_text("".join(f"{n} 0 - -\n" for n in starts))
+    (tmp_path / "kept" / "gained").write_text("".join(f"{n}\n" for n in gained))
+    call = ["bash", "-c", script, f"{tmp_path}/kept"]
+    done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
+    assert done.stdout == f"{idle}\n", done.stderr
+
+
+END = """
+source slurm/common.sh
+end_step() { echo 'the step is ended'; }
+hard_timer() { :; }
+is_newest() { true; }
+is_ours() { true; }
+requeue() { echo "requeued: $1"; }
+nothing_to_save=$1
+eval "$3"
+finish $2 ''
+"""
+
+
+@pytest.mark.parametrize(
+    ("evaluates", "code", "warned", "said", "ends"),
+    [
+        ("", 85, True, ["requeued: stopped at step 0"], 0),
+        ("", 1, True, ["requeued: stopped at step 0"], 0),  # ended by the hard timer
+        ("", 1, False, [], 1),
+        ("", 2, True, [], 2),
+        ("", 87, True, [], 87),
+        (" before its end", 1, True, ["the step is ended", "requeued: stopped before its end"], 0),
+        (" before its end", 1, False, [], 1),
+    ],
+)
+def test_how_a_start_ends(job, evaluates, code, warned, said, ends):
+    """An evaluation has nothing to save: at the warning it ends at once, to come back whole."""
+    call = ["bash", "-c", END, "bash", evaluates, str(code), "on_usr1; on_usr1" if warned else ""]
+    done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (ends, said), done.stderr
+
+
+def test_launchers_do_not_look_into_the_current_folder(job):
+    """``-m coma_ds...`` below them is the package that was found, not that of the folder."""
+    below = "import sys; print(sys.flags.safe_path)"
+    look = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{below}'])"
+    script = 'source slurm/common.sh; eval "python=($COMA_PYTHON_COMMAND)"; "${python[@]}" -c "$0"'
+    call = ["bash", "-c", script, look]
+    done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("python", ["/nonexistent/python", "false"])
+def test_a_python_that_is_none(job, python):
+    script = "source slurm/common.sh; find_package"
+    job |= {"COMA_PYTHON": python}
+    call = ["bash", "-c", script]
+    done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
+    assert done.returncode == 2 and "Python does not find coma_ds: install it there" in done.stderr
+    assert ("No such file" in done.stderr) == ("/" in python)
 
 
 @pytest.mark.parametrize("name", ["compress", "match", "evaluate"])

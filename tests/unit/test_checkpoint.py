@@ -43,7 +43,9 @@ def told() -> list[int]:
 
 @pytest.fixture
 def checkpoints(tmp_path, told) -> Checkpoints:
-    return Checkpoints(tmp_path / "c", CheckpointConfig(keep_last=2), announce=told.append)
+    return Checkpoints(
+        tmp_path / "c", CheckpointConfig(keep_last=2, best="group/All"), announce=told.append
+    )
 
 
 def save(checkpoints: Checkpoints, step: int, engine: Shards | None = None, **more):
@@ -56,7 +58,8 @@ def test_what_is_published(checkpoints, told):
     assert (done.step, done.problem) == (7, "") and done.saving >= 0 and told == [7]
     (path,) = published(checkpoints.folder)
     manifest = read_manifest(path)
-    assert set(manifest.files) == {"a.pt", "b.pt", "run.json"} and manifest.metric == 0.5
+    assert set(manifest.files) == {"a.pt", "b.pt", "run.json"}
+    assert (manifest.metric, manifest.measure) == (0.5, "group/All")
     assert {p.name for p in path.iterdir()} == {*manifest.files, "manifest.json"}
     assert problems(path) == [] and (checkpoints.folder / "latest").read_text() == path.name
     assert {p.name for p in checkpoints.folder.iterdir()} == {path.name, "latest"}
@@ -64,9 +67,9 @@ def test_what_is_published(checkpoints, told):
 
 
 def test_the_oldest_are_removed(checkpoints):
-    for step in (1, 2, 3):
-        save(checkpoints, step)
-    assert [p.name for p in published(checkpoints.folder)] == ["step-00000003", "step-00000002"]
+    for step, metric in ((1, 0.5), (2, None), (3, 0.1), (4, None)):
+        save(checkpoints, step, metric=metric)
+    assert [int(p.name[5:]) for p in published(checkpoints.folder)] == [4, 3, 1]  # 1 is the best
 
 
 def test_a_published_one_is_never_written_again(checkpoints, told):

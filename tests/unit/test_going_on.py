@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coma_ds.manifest import published, step_name
-from coma_ds.ownership import read_owner
+from coma_ds.ownership import read_owner, take, this_start
 from coma_ds.run import Run
 from coma_ds.run_folder import is_finished, settled
 from coma_ds.stopping import Finished
@@ -96,6 +96,14 @@ class TestAJobThatIsStartedAgain:
         for restart in (0, 1):
             monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
             assert begin(tmp_path / "run", how)[0] == (0 if resume == "none" else 1)
+
+    def test_an_older_start_that_begins_late_takes_nothing_back(self, tmp_path, monkeypatch):
+        run = Run(settled(config(tmp_path)))
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        newer = this_start(tmp_path)
+        take(tmp_path, newer)
+        run.resume(Shards())
+        assert read_owner(tmp_path) == newer
 
     def test_killed_before_it_had_begun(self, tmp_path, monkeypatch):
         """What lies there is still of the run before."""

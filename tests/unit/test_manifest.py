@@ -25,13 +25,19 @@ from coma_ds.manifest import (
 )
 
 
-def put(folder: Path, step: int, metric: float | None = None, content: bytes = b"abc") -> Path:
+def put(
+    folder: Path,
+    step: int,
+    metric: float | None = None,
+    content: bytes = b"abc",
+    measure: str = "",
+) -> Path:
     path = folder / step_name(step)
     path.mkdir(parents=True)
     (path / "one.pt").write_bytes(content)
     (path / "two.pt").write_bytes(content[::-1])
     files = {p.name: (p.stat().st_size, digest(p)) for p in path.iterdir()}
-    write_manifest(path, Manifest(step, 2, 3, files, {"parameters": 7}, metric))
+    write_manifest(path, Manifest(step, 2, 3, files, {"parameters": 7}, metric, measure))
     return path
 
 
@@ -127,6 +133,13 @@ class TestSurplus:
             put(tmp_path, step, metric)
         assert self.names(tmp_path) == [10, 30]
 
+    def test_another_measure_is_no_rival(self, tmp_path):
+        for step, metric in ((10, 0.2), (20, 0.9), (30, 0.1), (40, 0.1)):
+            put(tmp_path, step, metric, measure="a" if step == 20 else "b")
+        assert self.names(tmp_path, keep_last=1, best="b") == [20, 30]
+        assert self.names(tmp_path, keep_last=1, best="a") == [10, 30]
+        assert self.names(tmp_path, keep_last=1) == [10, 20, 30]
+
     def test_of_equals_the_later_one_is_the_best(self, tmp_path):
         for step, metric in ((10, 0.9), (20, 0.9), (30, 0.1), (40, 0.2)):
             put(tmp_path, step, metric)
@@ -174,7 +187,8 @@ def test_a_removal_that_is_cut_off_leaves_no_half(tmp_path, monkeypatch):
         remove(path)
     assert published(tmp_path) == []
     assert [p.name for p in tmp_path.iterdir()] == [f"deleting-{step_name(3)}"]
-    (tmp_path / "staging-step-00000009").mkdir()
+    for name in ("staging-1-step-00000009", "universal-step-00000003"):
+        (tmp_path / name).mkdir()
     put(tmp_path, 4)
     remove_remains(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [step_name(4)]

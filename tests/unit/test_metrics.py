@@ -52,6 +52,48 @@ def test_every_step_is_a_line_and_a_point(tmp_path) -> None:
     assert [(p.step, p.value) for p in board.Scalars("train/loss")] == [(1, 2.5), (2, 1.5)]
 
 
+def test_the_end_of_a_run_that_is_taken_again_stands_once(tmp_path) -> None:
+    """Its steps stay, in both; what was evaluated after the last one is written anew."""
+    points = np.eye(3, dtype=np.float32), ["a", "b", "c"], np.ones((3, 3, 8, 8), np.float32)
+    for start in range(3):
+        watch = monitor(tmp_path, resume_step=3 * bool(start), ended=bool(start))
+        if not start:
+            for step in (1, 2):
+                watch.scalars(step, {"loss": 2.5 / step, "memory_mib": 7.0})
+                watch.scalars(step, {"saving_seconds": 0.5}, group="checkpoint")
+            watch.scalars(1, {"All": 0.25}, group="eval", tags={"All": "val/All"})
+        watch.scalars(2, {"All": 0.5 + start}, group="eval", tags={"All": "val/All"})
+        watch.image("a", np.full((8, 8, 3), start, np.uint8), 2)
+        watch.projector("tokens", *points, 2)
+        watch.close()
+    kept = [(line["step"], line["group"]) for line in lines(tmp_path)]
+    assert sorted(kept) == [
+        (step, group) for step in (1, 2) for group in ("checkpoint", "eval", "train")
+    ]
+    board = written(tmp_path)
+    assert [(p.step, p.value) for p in board.Scalars("train/loss")] == [(1, 2.5), (2, 1.25)]
+    assert [p.step for p in board.Scalars("train speed/memory_mib")] == [1, 2]
+    assert [p.step for p in board.Scalars("checkpoint/saving_seconds")] == [1, 2]
+    assert [(p.step, p.value) for p in board.Scalars("val/All")] == [(1, 0.25), (2, 2.5)]
+    assert [image.step for image in board.Images("a")] == [2]
+
+
+def test_a_full_disk_costs_what_could_not_be_written(tmp_path, monkeypatch, caplog) -> None:
+    watch = monitor(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for name in ("add_text", "add_image", "add_embedding", "add_scalar"):
+        monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{name}", full)
+    watch.scalars(1, {"loss": 2.5})
+    watch.text("config", "x")
+    watch.image("a", np.zeros((8, 8, 3), np.uint8), 1)
+    watch.projector("a", np.eye(2, dtype=np.float32), ["a", "b"], np.ones((2, 3, 8, 8)), 1)
+    assert caplog.text.count("step 1 is not in the metrics: [Errno 28] No space left") == 1
+    watch.close()
+
+
 def test_a_line_is_there_before_the_run_ends(tmp_path) -> None:
     watch = monitor(tmp_path, tensorboard=False)
     watch.scalars(1, {"loss": 2.5})

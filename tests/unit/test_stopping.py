@@ -60,8 +60,11 @@ class TestRequests:
         (job / "stop").touch()
         assert requests.agree(CPU) is Request.STOP
         assert (job / "stop").exists()  # the job script removes it
+        requests.announce(16, gained=False)
+        assert not (job / "gained").exists()  # where the start went on from
         requests.announce(17)
         assert (job / "published").read_text() == "17\n"
+        assert (job / "gained").read_text() == "0\n"
 
     def test_a_job_folder_that_is_gone(self, tmp_path, job):
         job.rmdir()

@@ -28,17 +28,20 @@ def end(code: int, message: str = "") -> None:
     os._exit(0 if code in rank_report.AS_ASKED else code)
 
 
-def announce(step: int) -> None:
+def announce(step: int, gained: bool = True) -> None:
     """Say what is published, on rank 0."""
     if os.environ["RANK"] != "0":
         return
     partial = published.with_suffix(".tmp")
     partial.write_text(str(step))
     partial.replace(published)
+    if gained:
+        with (control / "gained").open("a") as file:
+            file.write(f"{os.environ.get('SLURM_RESTART_COUNT', 0)}\n")
 
 
 step = int(published.read_text()) if published.exists() else 0
-announce(step)
+announce(step, gained=False)
 if options.how == "user's error":
     end(2, "error: unknown key")
 if options.how == "fault":
