@@ -7,8 +7,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Monitor:
         ended: bool = False,
     ) -> None:
         self.active = active
-        self._told = False
+        self._told = self._lost = False
         self._file = None
         self._board = None
         if not active:
@@ -84,14 +84,20 @@ class Monitor:
         it shows all, those of the machine beside those of the training.
         """
         if self.active:
-            with self._room_or_not(step):
-                self._write(step, values, group, tags)
+            self._if_there_is_room(step, lambda: self._write(step, values, group, tags))
 
-    @contextmanager
-    def _room_or_not(self, step: int) -> Iterator[None]:
+    def _if_there_is_room(self, step: int, call: Callable[[], None]) -> None:
+        """What cannot be written is left out; TensorBoard's writer, which does not survive that,
+        begins a new file with the next step."""
         try:
-            yield
+            if self._lost:
+                with suppress(OSError):
+                    self._board.close()
+                self._board = SummaryWriter(self._board.log_dir)
+                self._lost = False
+            call()
         except OSError as error:
+            self._lost = self._board is not None
             if not self._told:
                 log.warning("step %d is not in the metrics: %s", step, error)
             self._told = True
@@ -115,8 +121,7 @@ class Monitor:
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Markdown under TensorBoard's text tab."""
         if self._board:
-            with self._room_or_not(step):
-                self._board.add_text(name, text, step)
+            self._if_there_is_room(step, lambda: self._board.add_text(name, text, step))
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]], step: int):
         """A markdown table under the text tab."""
@@ -127,8 +132,9 @@ class Monitor:
     def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
         """A picture, uint8 [H, W, 3]."""
         if self._board:
-            with self._room_or_not(step):
-                self._board.add_image(name, image_HWC, step, dataformats="HWC")
+            self._if_there_is_room(
+                step, lambda: self._board.add_image(name, image_HWC, step, dataformats="HWC")
+            )
 
     def projector(
         self, name: str, emb_NE: np.ndarray, labels: Sequence[str], thumbs_N3HW, step: int
@@ -138,12 +144,14 @@ class Monitor:
             return
         import torch
 
-        with self._room_or_not(step):
+        def add() -> None:
             # its folder, should this evaluation be taken again
             shutil.rmtree(Path(self._board.log_dir) / f"{step:05d}" / name, ignore_errors=True)
             self._board.add_embedding(
                 torch.from_numpy(emb_NE), list(labels), torch.from_numpy(thumbs_N3HW), step, name
             )
+
+        self._if_there_is_room(step, add)
 
     def hparams(self, values: dict[str, Any], tags: Sequence[str]) -> None:
         """The run's flat configuration in the hparams tab, beside the last values of the curves
@@ -157,14 +165,18 @@ class Monitor:
         }
         # add_hparams would write the values a second time, at step 0
         for summary in hparams(plain, dict.fromkeys(tags, 0.0)):
-            self._board.file_writer.add_summary(summary)
+            self._if_there_is_room(
+                0, lambda summary=summary: self._board.file_writer.add_summary(summary)
+            )
 
     def close(self) -> None:
         """Flush and close both."""
         if self._file:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
         if self._board:
-            self._board.close()
+            with suppress(OSError):  # told when it was met
+                self._board.close()
 
 
 def keep_before(path: Path, step: int, *, last_eval: int | None = None) -> list[dict[str, Any]]:

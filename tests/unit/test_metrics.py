@@ -90,8 +90,13 @@ def test_a_full_disk_costs_what_could_not_be_written(tmp_path, monkeypatch, capl
     watch.text("config", "x")
     watch.image("a", np.zeros((8, 8, 3), np.uint8), 1)
     watch.projector("a", np.eye(2, dtype=np.float32), ["a", "b"], np.ones((2, 3, 8, 8)), 1)
+    watch.hparams({"a": 1}, ["train/loss"])
     assert caplog.text.count("step 1 is not in the metrics: [Errno 28] No space left") == 1
+    monkeypatch.undo()
+    watch.scalars(2, {"loss": 1.5})  # there is room again
     watch.close()
+    assert [line["loss"] for line in lines(tmp_path)] == [2.5, 1.5]
+    assert [p.step for p in written(tmp_path).Scalars("train/loss")] == [2]
 
 
 def test_a_line_is_there_before_the_run_ends(tmp_path) -> None:
