@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ from coma_ds.manifest import write_atomically
 
 log = logging.getLogger("coma_ds")
 
+ROOM = 2**20  # bytes: with less the disk is full
+RETRY = 60.0  # seconds
 SPEED = (
     "samples_per_second",
     "tokens_per_second",
@@ -52,7 +56,9 @@ class Monitor:
         ended: bool = False,
     ) -> None:
         self.active = active
-        self._told = self._lost = False
+        self._folder = folder
+        self._missing = 0  # writes that failed, since one was told
+        self._died = 0.0  # when TensorBoard's writer did; 0 while it lives
         self._file = None
         self._board = None
         if not active:
@@ -83,32 +89,55 @@ class Monitor:
         ``tags`` names the curves of those values that TensorBoard shows, where it is given; else
         it shows all, those of the machine beside those of the training.
         """
-        if self.active:
-            self._if_there_is_room(step, lambda: self._write(step, values, group, tags))
+        if not self.active:
+            return
+        values = {name: value for name, value in values.items() if value is not None}
+        self._try(step, lambda: self._line(step, values, group))
+        self._try(step, lambda: self._points(step, values, group, tags), board=True)
 
-    def _if_there_is_room(self, step: int, call: Callable[[], None]) -> None:
-        """What cannot be written is left out; TensorBoard's writer, which does not survive that,
-        begins a new file with the next step."""
+    def _try(self, step: int, call: Callable[[], object], *, board: bool = False) -> None:
+        """What cannot be written is left out, and said once; so is when it goes on.
+
+        TensorBoard's writer is a thread that dies of a full disk: it is not given anything then,
+        and where it died all the same a new one, with a file of its own, is tried now and then.
+        """
+        if board and not self._board:
+            return
+        if shutil.disk_usage(self._folder).free < ROOM:
+            self._miss(step, os.strerror(errno.ENOSPC))
+            return
+        if board and self._died and time.monotonic() < self._died + RETRY:
+            self._missing += 1
+            return
         try:
-            if self._lost:
+            if board and self._died:
                 with suppress(OSError):
                     self._board.close()
                 self._board = SummaryWriter(self._board.log_dir)
-                self._lost = False
+                self._died = 0.0
             call()
         except OSError as error:
-            self._lost = self._board is not None
-            if not self._told:
-                log.warning("step %d is not in the metrics: %s", step, error)
-            self._told = True
+            if board:
+                self._died = time.monotonic()
+            self._miss(step, str(error))
+            return
+        if self._missing and not self._died:
+            self._say_what_is_missing(f"from step {step} on the metrics are written again")
+            self._missing = 0
 
-    def _write(self, step, values, group, tags) -> None:
-        values = {name: value for name, value in values.items() if value is not None}
+    def _miss(self, step: int, why: str) -> None:
+        if not self._missing:
+            log.warning("from step %d on the metrics are not written: %s", step, why)
+        self._missing += 1
+
+    def _say_what_is_missing(self, what: str) -> None:
+        log.warning("%s; missing are %d writes", what, self._missing)
+
+    def _line(self, step: int, values: dict[str, float], group: str) -> None:
         line = {"step": step, "group": group, "time": round(time.time(), 3)}
         line |= {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self._points(step, values, group, tags)
 
     def _points(self, step, values, group, tags) -> None:
         for name, value in values.items():
@@ -120,8 +149,7 @@ class Monitor:
 
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Markdown under TensorBoard's text tab."""
-        if self._board:
-            self._if_there_is_room(step, lambda: self._board.add_text(name, text, step))
+        self._try(step, lambda: self._board.add_text(name, text, step), board=True)
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]], step: int):
         """A markdown table under the text tab."""
@@ -131,10 +159,11 @@ class Monitor:
 
     def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
         """A picture, uint8 [H, W, 3]."""
-        if self._board:
-            self._if_there_is_room(
-                step, lambda: self._board.add_image(name, image_HWC, step, dataformats="HWC")
-            )
+        self._try(
+            step,
+            lambda: self._board.add_image(name, image_HWC, step, dataformats="HWC"),
+            board=True,
+        )
 
     def projector(
         self, name: str, emb_NE: np.ndarray, labels: Sequence[str], thumbs_N3HW, step: int
@@ -151,7 +180,7 @@ class Monitor:
                 torch.from_numpy(emb_NE), list(labels), torch.from_numpy(thumbs_N3HW), step, name
             )
 
-        self._if_there_is_room(step, add)
+        self._try(step, add, board=True)
 
     def hparams(self, values: dict[str, Any], tags: Sequence[str]) -> None:
         """The run's flat configuration in the hparams tab, beside the last values of the curves
@@ -165,12 +194,13 @@ class Monitor:
         }
         # add_hparams would write the values a second time, at step 0
         for summary in hparams(plain, dict.fromkeys(tags, 0.0)):
-            self._if_there_is_room(
-                0, lambda summary=summary: self._board.file_writer.add_summary(summary)
-            )
+            write = self._board.file_writer.add_summary
+            self._try(0, lambda summary=summary, write=write: write(summary), board=True)
 
     def close(self) -> None:
         """Flush and close both."""
+        if self._missing:
+            self._say_what_is_missing("the metrics are not whole")
         if self._file:
             with suppress(OSError):
                 self._file.close()

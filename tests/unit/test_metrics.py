@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,25 +79,60 @@ def test_the_end_of_a_run_that_is_taken_again_stands_once(tmp_path) -> None:
     assert [image.step for image in board.Images("a")] == [2]
 
 
+def fail(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_costs_what_could_not_be_written(tmp_path, monkeypatch, caplog) -> None:
+    """The writer of TensorBoard, which does not survive it, gets nothing; it is said twice."""
     watch = monitor(tmp_path)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    for name in ("add_text", "add_image", "add_embedding", "add_scalar"):
-        monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{name}", full)
     watch.scalars(1, {"loss": 2.5})
-    watch.text("config", "x")
-    watch.image("a", np.zeros((8, 8, 3), np.uint8), 1)
-    watch.projector("a", np.eye(2, dtype=np.float32), ["a", "b"], np.ones((2, 3, 8, 8)), 1)
-    watch.hparams({"a": 1}, ["train/loss"])
-    assert caplog.text.count("step 1 is not in the metrics: [Errno 28] No space left") == 1
-    monkeypatch.undo()
-    watch.scalars(2, {"loss": 1.5})  # there is room again
+    real = shutil.disk_usage
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=2**20 - 1))
+        full.setattr(watch._board, "add_scalar", fail)
+        for step in (2, 3):
+            watch.scalars(step, {"loss": 2.0})
+        watch.text("config", "x", 3)
+        watch.image("a", np.zeros((8, 8, 3), np.uint8), 3)
+        watch.projector("a", np.eye(2, dtype=np.float32), ["a", "b"], np.ones((2, 3, 8, 8)), 3)
+        watch.hparams({"a": 1}, ["train/loss"])
+    for step in (4, 5):
+        watch.scalars(step, {"loss": 1.5})
     watch.close()
-    assert [line["loss"] for line in lines(tmp_path)] == [2.5, 1.5]
-    assert [p.step for p in written(tmp_path).Scalars("train/loss")] == [2]
+    assert caplog.messages == [
+        "from step 2 on the metrics are not written: No space left on device",
+        "from step 4 on the metrics are written again; missing are 10 writes",
+    ]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 4, 5]
+    assert [p.step for p in written(tmp_path).Scalars("train/loss")] == [1, 4, 5]
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
+
+
+def test_a_writer_that_died_is_replaced_after_a_while(tmp_path, monkeypatch, caplog) -> None:
+    watch = monitor(tmp_path)
+    with monkeypatch.context() as dead:
+        dead.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+        watch.scalars(1, {"loss": 2.5})
+    watch.scalars(2, {"loss": 2.0})  # too early
+    monkeypatch.setattr("coma_ds.metrics.RETRY", 0.0)
+    watch.scalars(3, {"loss": 1.5})
+    watch.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert [p.step for p in written(tmp_path).Scalars("train/loss")] == [3]
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 2
+    assert caplog.messages == [
+        "from step 1 on the metrics are not written: [Errno 28] No space left on device",
+        "from step 3 on the metrics are written again; missing are 2 writes",
+    ]
+
+
+def test_what_is_missing_at_the_end_is_said(tmp_path, monkeypatch, caplog) -> None:
+    watch = monitor(tmp_path)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+    watch.scalars(1, {"loss": 2.5})
+    watch.close()
+    assert caplog.messages[-1] == "the metrics are not whole; missing are 1 writes"
 
 
 def test_a_line_is_there_before_the_run_ends(tmp_path) -> None:
@@ -189,8 +225,9 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog) -> None:
     watch._file = open("/dev/full", "w")
     for step in (1, 2):
         watch.scalars(step, {"loss": 1.0})
-    told = [line for line in caplog.messages if "is not in the metrics" in line]
-    assert told == ["step 1 is not in the metrics: [Errno 28] No space left on device"]
+    told = [line for line in caplog.messages if "metrics are not written" in line]
+    why = "[Errno 28] No space left on device"
+    assert told == [f"from step 1 on the metrics are not written: {why}"]
 
 
 def test_another_rank_writes_nothing(tmp_path) -> None:
