@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from coma_ds.manifest import write_atomically
 
 log = logging.getLogger("coma_ds")
 
+LINES, BOARD = "metrics.jsonl", "tensorboard/"
 ROOM = 2**20  # bytes: with less the disk is full
 RETRY = 60.0  # seconds
 SPEED = (
@@ -57,14 +59,14 @@ class Monitor:
     ) -> None:
         self.active = active
         self._folder = folder
-        self._missing = 0  # writes that failed, since one was told
+        self._missing: Counter[str] = Counter()  # writes that failed, since one was told
         self._died = 0.0  # when TensorBoard's writer did; 0 while it lives
         self._file = None
         self._board = None
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = folder / LINES
         last = resume_step - 1
         kept = keep_before(path, resume_step, last_eval=last - 1 if ended else None)
         self._file = path.open("a")
@@ -103,11 +105,12 @@ class Monitor:
         """
         if board and not self._board:
             return
-        if shutil.disk_usage(self._folder).free < ROOM:
-            self._miss(step, os.strerror(errno.ENOSPC))
-            return
+        where = BOARD if board else LINES
         if board and self._died and time.monotonic() < self._died + RETRY:
-            self._missing += 1
+            self._missing[where] += 1
+            return
+        if board and shutil.disk_usage(self._folder).free < ROOM:
+            self._miss(where, step, os.strerror(errno.ENOSPC))
             return
         try:
             if board and self._died:
@@ -119,19 +122,17 @@ class Monitor:
         except OSError as error:
             if board:
                 self._died = time.monotonic()
-            self._miss(step, str(error))
+            self._miss(where, step, str(error))
             return
-        if self._missing and not self._died:
-            self._say_what_is_missing(f"from step {step} on the metrics are written again")
-            self._missing = 0
+        if missing := self._missing.pop(where, 0):
+            log.warning(
+                "from step %d on %s is written again; missing are %d writes", step, where, missing
+            )
 
-    def _miss(self, step: int, why: str) -> None:
-        if not self._missing:
-            log.warning("from step %d on the metrics are not written: %s", step, why)
-        self._missing += 1
-
-    def _say_what_is_missing(self, what: str) -> None:
-        log.warning("%s; missing are %d writes", what, self._missing)
+    def _miss(self, where: str, step: int, why: str) -> None:
+        if not self._missing[where]:
+            log.warning("from step %d on %s is not written: %s", step, where, why)
+        self._missing[where] += 1
 
     def _line(self, step: int, values: dict[str, float], group: str) -> None:
         line = {"step": step, "group": group, "time": round(time.time(), 3)}
@@ -199,8 +200,8 @@ class Monitor:
 
     def close(self) -> None:
         """Flush and close both."""
-        if self._missing:
-            self._say_what_is_missing("the metrics are not whole")
+        for where, missing in self._missing.items():
+            log.warning("%s is not whole; missing are %d writes", where, missing)
         if self._file:
             with suppress(OSError):
                 self._file.close()

@@ -13,8 +13,8 @@ from tests.distributed.launched import ROOT
 
 SLOW = {
     "zero3 data": (1, "data", 1.0),
-    "zero3 compute": (1, "compute", 0.4),
-    "zero2 compute": (0, "compute", 0.4),
+    "zero3 compute": (1, "compute", 1.0),
+    "zero2 compute": (0, "compute", 1.0),
 }
 
 
@@ -46,9 +46,10 @@ def test_the_slow_rank_is_named(runs, name):
     line = runs[name]["lines"][-1]
     assert line["step"] == 10 and line["slowest_rank"] == rank
     assert line["slowest_rank_seconds"] >= seconds
-    # the other one waited as long, for this one: that is not its own time
+    # The other one waited as long, for this one: with that counted the gap would be near 0.  Half
+    # is for what a busy machine adds to either.
     gap = 2 * (line["slowest_rank_seconds"] - line["median_rank_seconds"])  # of two ranks
-    assert gap > 0.9 * seconds
+    assert gap > 0.5 * seconds
     assert "slowest_rank" not in runs[name]["lines"][-2]
 
 

@@ -101,10 +101,10 @@ def test_a_full_disk_costs_what_could_not_be_written(tmp_path, monkeypatch, capl
         watch.scalars(step, {"loss": 1.5})
     watch.close()
     assert caplog.messages == [
-        "from step 2 on the metrics are not written: No space left on device",
-        "from step 4 on the metrics are written again; missing are 10 writes",
+        "from step 2 on tensorboard/ is not written: No space left on device",
+        "from step 4 on tensorboard/ is written again; missing are 8 writes",
     ]
-    assert [line["step"] for line in lines(tmp_path)] == [1, 4, 5]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]  # there was so much room
     assert [p.step for p in written(tmp_path).Scalars("train/loss")] == [1, 4, 5]
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
 
@@ -122,8 +122,8 @@ def test_a_writer_that_died_is_replaced_after_a_while(tmp_path, monkeypatch, cap
     assert [p.step for p in written(tmp_path).Scalars("train/loss")] == [3]
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 2
     assert caplog.messages == [
-        "from step 1 on the metrics are not written: [Errno 28] No space left on device",
-        "from step 3 on the metrics are written again; missing are 2 writes",
+        "from step 1 on tensorboard/ is not written: [Errno 28] No space left on device",
+        "from step 3 on tensorboard/ is written again; missing are 2 writes",
     ]
 
 
@@ -132,7 +132,7 @@ def test_what_is_missing_at_the_end_is_said(tmp_path, monkeypatch, caplog) -> No
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
     watch.scalars(1, {"loss": 2.5})
     watch.close()
-    assert caplog.messages[-1] == "the metrics are not whole; missing are 1 writes"
+    assert caplog.messages[-1] == "tensorboard/ is not whole; missing are 1 writes"
 
 
 def test_a_line_is_there_before_the_run_ends(tmp_path) -> None:
@@ -225,9 +225,9 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog) -> None:
     watch._file = open("/dev/full", "w")
     for step in (1, 2):
         watch.scalars(step, {"loss": 1.0})
-    told = [line for line in caplog.messages if "metrics are not written" in line]
+    told = [line for line in caplog.messages if "is not written" in line]
     why = "[Errno 28] No space left on device"
-    assert told == [f"from step 1 on the metrics are not written: {why}"]
+    assert told == [f"from step 1 on metrics.jsonl is not written: {why}"]
 
 
 def test_another_rank_writes_nothing(tmp_path) -> None:
