@@ -107,11 +107,14 @@ def test_an_older_start_publishes_nothing(tmp_path, told, looks):
 
 def test_two_starts_do_not_write_into_one_folder(tmp_path):
     """The older one, which lives on, cannot mix its shards with those of the newer."""
-    staged, older, newer = [], Shards(), Shards()
-    for start, engine in enumerate((older, newer)):
+    staged, saving = [], []
+    for start, engine in enumerate((Shards(), Shards())):
         save = engine.save
         engine.save = lambda folder, tag, save=save: staged.append(tag) or save(folder, tag)
-        Checkpoints(tmp_path, CheckpointConfig(), start=start + 1).save(engine, 5)
+        saving.append(Checkpoints(tmp_path, CheckpointConfig(), start=start + 1))
+        saving[-1].save(engine, 5)
+    for each in saving:
+        each.settle()
     assert len(set(staged)) == 2 and all(tag.startswith("staging-") for tag in staged)
 
 
