@@ -195,8 +195,9 @@ class Monitor:
         }
         # add_hparams would write the values a second time, at step 0
         for summary in hparams(plain, dict.fromkeys(tags, 0.0)):
-            write = self._board.file_writer.add_summary
-            self._try(0, lambda summary=summary, write=write: write(summary), board=True)
+            self._try(
+                0, lambda summary=summary: self._board.file_writer.add_summary(summary), board=True
+            )
 
     def close(self) -> None:
         """Flush and close both."""

@@ -40,6 +40,7 @@ from coma_ds.model.card import model_card
 from coma_ds.model.export import export_model
 from coma_ds.ownership import owns
 from coma_ds.report import describe_run
+from coma_ds.screen import log_to_stderr
 from coma_ds.stopping import CONTROL, Finished, Request, Requests, Stopped
 from coma_ds.stragglers import OwnTime
 
@@ -84,7 +85,7 @@ class Run:
             self.folder / "checkpoints", config.checkpoint, owned, self.requests.announce,
             start=mine.number if mine else 0,
         )  # fmt: skip
-        self._mine = mine
+        self._mine, self._owned = mine, owned
         self.guard = Guard(config.guard, self.folder if keep and self.main else None)
 
     def report_start(self, engine: Engine, data: TrainingData, source: str) -> None:
@@ -129,12 +130,14 @@ class Run:
         Raises ``Finished`` where there is none to take and nothing to write.
         """
         config = self.config
+        self._give_way()
         if self.main:
             self.checkpoints.clean()
         path = self.checkpoints.find(config.checkpoint.resume, going_on=True)
         if path is None:
             if self.main and (self.folder / "metrics.jsonl").is_file():
                 log.info("%s has no checkpoint to go on from: the run starts over", self.folder)
+            self._give_way()
             if self.main:
                 run_folder.start_over(self.folder)
             return 0, True
@@ -146,6 +149,7 @@ class Run:
         if comm.decide(lambda: last and run_folder.is_finished(config)):
             raise Finished(self.folder, step)
         load_checkpoint(engine, path, config.init_from or config.model.path)
+        self._give_way()
         comm.decide(lambda: run_folder.go_back(self.folder, step if own else -1))
         state = json.loads((path / STATE).read_text())
         self.seconds = state["seconds"]
@@ -153,6 +157,14 @@ class Run:
         self.replacements.load(state["replaced_rows"])
         log.info("resumed %s: step %d of %d", path, step, config.optim.steps)
         return step, own
+
+    def _give_way(self) -> None:
+        """Before anything is moved or removed: a newer start may have come meanwhile."""
+        if not comm.decide(self._owned):
+            raise self._lost()
+
+    def _lost(self) -> Stopped:
+        return Stopped(Request.YIELD, f"{self.folder} is owned by a newer start of this run")
 
     def guarded_step(
         self, engine: Engine, data: TrainingData, step: int, loss: float
@@ -277,7 +289,7 @@ class Run:
         if request is Request.NOTHING:
             return
         if request is Request.YIELD:
-            raise Stopped(request, f"{self.folder} is owned by a newer start of this run")
+            raise self._lost()
         saved = self.save(engine, done)
         if request is Request.SAVE:
             return
@@ -383,18 +395,3 @@ def export_run(
         problem = str(error)
     if found := [problem for problem in comm.all_objects(problem) if problem]:
         raise ValueError(found[0])
-
-
-class _BesideTheBar(logging.Handler):
-    """Bare lines on stderr, above a progress bar where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def log_to_stderr(main: bool) -> None:
-    """The package's log on stderr, bare lines; of other ranks than ``main`` errors only."""
-    log.handlers.clear()
-    log.addHandler(_BesideTheBar())
-    log.setLevel(logging.INFO if main else logging.ERROR)
-    log.propagate = False

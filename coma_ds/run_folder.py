@@ -21,7 +21,7 @@ from coma_ds.disk import existing_part, room
 from coma_ds.hardware import has_fast_bf16
 from coma_ds.manifest import published, set_apart, write_atomically
 from coma_ds.metrics import flatten
-from coma_ds.ownership import Incarnation, owns, read_owner, take, takes_over, this_start
+from coma_ds.ownership import Incarnation, read_owner, take, takes_over, this_start
 from coma_ds.stopping import SWITCHES, check_not_held
 from coma_ds.versions import versions
 
@@ -96,8 +96,7 @@ def begin(config: RunConfig, mine: Incarnation, ds_config: dict) -> None:
     """From here on the folder is this run's: what it is, and that this start made it so."""
     folder = Path(config.output)
     with written(folder):
-        if owns(folder, mine):
-            take(folder, replace(mine, began=True))
+        take(folder, replace(mine, began=True))
         (folder / SWITCHES).mkdir(exist_ok=True)
         write_atomically(folder / CONFIG, dump(config))
         write_atomically(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")

@@ -219,13 +219,11 @@ def read_parquet(files: Sequence[str], columns: Iterable[str] | None = None) -> 
         rows.append((file, metadata.num_rows))
     if not sum(count for _, count in rows):
         raise ValueError(f"{files[0]}: the file holds no rows")
-    for file in files:
+    for file, count in rows:
         names = pa.parquet.read_schema(file).names
         _refuse_twins(file, names)
         if wanted is not None:
             left_out |= dict.fromkeys(name for name in names if name not in wanted)
-    for file, count in rows:
-        names = pa.parquet.read_schema(file).names
         kept = None if wanted is None else [name for name in names if name in wanted]
         try:
             large = size >= MAPPED_FROM_BYTES and count and kept != []

@@ -11,7 +11,7 @@ from coma_ds.manifest import published, step_name
 from coma_ds.ownership import read_owner, take, this_start
 from coma_ds.run import Run
 from coma_ds.run_folder import is_finished, settled
-from coma_ds.stopping import Finished
+from coma_ds.stopping import Finished, Stopped
 from tests.unit.test_run_folder import START, Shards, config_of, put_checkpoint
 
 OWN = ("logging.tensorboard=false", "logging.progress=false")
@@ -98,12 +98,22 @@ class TestAJobThatIsStartedAgain:
             assert begin(tmp_path / "run", how)[0] == (0 if resume == "none" else 1)
 
     def test_an_older_start_that_begins_late_takes_nothing_back(self, tmp_path, monkeypatch):
-        run = Run(settled(config(tmp_path)))
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        newer = this_start(tmp_path)
-        take(tmp_path, newer)
-        run.resume(Shards())
-        assert read_owner(tmp_path) == newer
+        """And moves none of the newer one's checkpoints."""
+        (elsewhere,) = put(tmp_path / "other", 1)
+        for number, resume in enumerate(("auto", "none", str(elsewhere))):
+            folder = tmp_path / str(number)
+            run = Run(settled(config(folder, f"checkpoint.resume={resume}")))
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(number + 1))
+            newer = this_start(folder)
+            take(folder, newer)
+            put(folder, 4)
+            (folder / "checkpoints" / "staging-2-step-00000005").mkdir()
+            with pytest.raises(Stopped) as caught:
+                run.resume(Shards())
+            assert caught.value.code == 86 and read_owner(folder) == newer
+            assert names(folder / "checkpoints") == [4] and not (folder / "config.yaml").exists()
+            assert (folder / "checkpoints" / "staging-2-step-00000005").is_dir()
+            assert (folder / "model").is_dir() and not (folder / "checkpoints-1").exists()
 
     def test_killed_before_it_had_begun(self, tmp_path, monkeypatch):
         """What lies there is still of the run before."""

@@ -24,6 +24,7 @@ FLOORS = {
     **dict.fromkeys(
         ("manifest", "ownership", "stopping", "guard", "stragglers", "hardware", "disk"), 1
     ),
+    "screen": 1,
     **dict.fromkeys(("data", "model", "evaluation", "optim", "metrics"), 2),
     **dict.fromkeys(("inference", "embedder", "bulk", "displays", "assessment"), 2),
     **dict.fromkeys(("engine", "mechanics", "checkpoint"), 3),
