@@ -187,6 +187,7 @@ class ChunkConfig(Section):
 
     samples: int = Field(64, ge=1)
     tokens: int | None = Field(None, ge=1)
+    keep: int = Field(0, ge=0)  # match: chunks whose graph stays in memory instead of a replay
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -137,6 +137,7 @@ class Engine:
                 model=model, optimizer=optimizer, config=self.ds_config
             )
         self._frozen: dict[str, int | str] | None = None
+        self._forgets = self._coalesces = False
         clip = self._engine.gradient_clipping()
         if clip != config.optim.clip:
             raise RuntimeError(f"DeepSpeed clips at {clip}, not at {config.optim.clip}")
@@ -165,10 +166,36 @@ class Engine:
         last part of the step, on every rank the same.  Stage 3 counts parts by forwards, so every
         backward has a forward of its own, and DeepSpeed must know the boundary before both.
         """
-        self._engine.set_gradient_accumulation_boundary(last)
+        if not self._coalesces:
+            self._engine.set_gradient_accumulation_boundary(last)
         loss, result = self._engine(call)
-        self._engine.backward(loss)
+        self.backward(loss, last=last)
         return result
+
+    @contextmanager
+    def several_graphs(self):
+        """Inside, graphs of several forwards may wait for their ``backward``.
+
+        Stage 3 counts its parts by forwards: left to itself it would take the second of two
+        backwards without a forward between them for the first of a step.  The gradients stay on
+        the parameters until the end of the block, where they are reduced once; those in bf16 are
+        too coarse to add up there, and are reduced after every backward, in fp32.
+        """
+        self._forgets = self.stage > 0 and self.config.precision == "bf16"
+        self._coalesces = self.stage > 0 and self.config.precision != "bf16"
+        try:
+            with self._engine.coalesce_grad_reduction() if self._coalesces else nullcontext():
+                yield
+        finally:
+            self._forgets = self._coalesces = False
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Backward of a scalar whose forward went through this engine; ``last`` as below."""
+        if not self._coalesces:
+            self._engine.set_gradient_accumulation_boundary(last)
+        if self._forgets:
+            self._engine.optimizer.clear_backward_seen_flag()
+        self._engine.backward(loss)
 
     def step(self, step: int) -> StepResult:
         """Clip and update, with the rate of ``step``; skipped as a whole on a bad gradient."""

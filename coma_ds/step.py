@@ -10,6 +10,8 @@ Shapes: B own samples, E embedding width, F image tokens of the step, S feature 
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -95,62 +97,77 @@ def accumulate(engine, objective, batch: Batch, config: ChunkConfig, *, seed: in
 
 
 def grad_cache(engine, objective, batch: Batch, config: ChunkConfig, *, seed: int, step: int):
-    """Gradients of a loss over the whole gathered batch, one chunk in memory at a time.
+    """Gradients of a loss over the whole gathered batch, a few chunks in memory at a time.
 
-    1. Images through the tower, once.  2. Every chunk without a graph: embeddings.  3. The loss
-    over all embeddings, and its gradient at each of them.  4. Every chunk again, with its graph
-    and the same random state, backward of (embeddings * gradient).sum().  A trained tower is a
-    second level of the same: its features collect a gradient over the chunks, and the last chunk
-    runs it once more and reads what it gives.  Returns the objective's report.
+    1. Images through the tower, once.  2. Every chunk without a graph: embeddings; the last
+    ``config.keep`` ones with their graph, which they keep.  3. The loss over all embeddings, and
+    its gradient at each of them.  4. Backward of (embeddings * gradient).sum() for every chunk:
+    those that were kept, then the others, which run again with their graph and the same random
+    state.  A trained tower is a second level of the same: its features collect a gradient over the
+    chunks, and the last replay runs it once more and reads what it gives; the first part of the
+    step is a replay as well, so that at least two chunks are replayed.  Returns the objective's
+    report.
     """
     groups = plan_chunks(batch, config)
     parts = batch.split([_or_first(g) for g in groups])
     trained = engine.model.vision_is_trained
+    replays = min(len(parts), max(len(parts) - config.keep, 2 * int(trained)))
     with torch.no_grad():
         seed_chunk(seed, step, TOWER)
         features = engine(lambda m: m.embed_images(batch.images))
-        encoded = []
-        for number, part in enumerate(parts):
-            seed_chunk(seed, step, number)
+    features.requires_grad_(trained)
+    encoded = []
+    for number, part in enumerate(parts):
+        seed_chunk(seed, step, number)
+        with torch.set_grad_enabled(number >= replays):
             encoded.append(engine(lambda m, part=part: objective.encode(m, part, features)))
 
     order = torch.cat(groups).to(engine.device)
-    rows = torch.cat([emb[: len(g)] for (emb, _), g in zip(encoded, groups)])
+    rows = torch.cat([emb[: len(g)].detach() for (emb, _), g in zip(encoded, groups)])
     leaf_BE = torch.empty_like(rows).index_copy_(0, order, rows).requires_grad_()
     temperature = encoded[0][1]
     leaf_t = None if temperature is None else temperature.detach().requires_grad_()
     loss, report = objective.loss(leaf_BE, leaf_t, batch)
     loss.backward()
 
-    features.requires_grad_(trained)
-    for number, (part, group) in enumerate(zip(parts, groups)):
-        first, last = number == 0, number == len(parts) - 1
+    def surrogate(number: int, emb: torch.Tensor, learned: torch.Tensor | None) -> torch.Tensor:
+        """Its backward gives what the loss gives: at the embeddings, and once at what is learned
+        beside them."""
+        group = groups[number]
+        if len(group):
+            total = (emb[: len(group)] * leaf_BE.grad[group.to(emb.device)]).sum()
+        else:
+            total = (emb * 0.0).sum()
+        if learned is not None:
+            total = total + (learned * (leaf_t.grad if number == 0 else 0.0 * leaf_t.grad)).sum()
+        return total
 
-        def replay(model, number=number, part=part, group=group, first=first, last=last):
-            seen, surrogate = features, 0.0
-            if trained and last:
-                # The tower again, with its graph.  In one part with the last chunk: with an
-                # offloaded optimizer ZeRO-3 (0.19.8) drops the gradient of a parameter that has
-                # none in the last part of a step.
-                seed_chunk(seed, step, TOWER)
-                seen = model.embed_images(batch.images)
-                if features.grad is not None:
-                    surrogate = (seen * features.grad).sum()
-            elif trained and first:
-                # ZeRO-3 (0.19.8) adds to last step's gradient of a parameter that has none in the
-                # first part of a step, so the tower gets a zero one here.
-                surrogate = model.embed_images(None)[:, :0].sum()
-            seed_chunk(seed, step, number)
-            emb, learned = objective.encode(model, part, seen)
-            if len(group):
-                own = leaf_BE.grad[group.to(emb.device)]
-                surrogate = surrogate + (emb[: len(group)] * own).sum()
+    def replay(model, number: int) -> tuple[torch.Tensor, None]:
+        seen, total = features, 0.0
+        if trained and number == replays - 1:
+            # The tower again, with its graph.  In one part with the last chunk: with an offloaded
+            # optimizer ZeRO-3 (0.19.8) drops the gradient of a parameter that has none in the last
+            # part of a step.
+            seed_chunk(seed, step, TOWER)
+            seen = model.embed_images(batch.images)
+            if features.grad is not None:
+                total = (seen * features.grad).sum()
+        elif trained and number == 0:
+            # ZeRO-3 (0.19.8) adds to last step's gradient of a parameter that has none in the
+            # first part of a step, so the tower gets a zero one here.
+            total = model.embed_images(None)[:, :0].sum()
+        seed_chunk(seed, step, number)
+        return total + surrogate(number, *objective.encode(model, parts[number], seen)), None
+
+    kept = list(range(replays, len(parts)))
+    first = [0] if trained else []
+    with engine.several_graphs() if kept else nullcontext():
+        for number in [*first, *kept, *range(len(first), replays)]:
+            last = number == (replays - 1 if replays else kept[-1])
+            if number < replays:
+                engine.forward_backward(partial(replay, number=number), last=last)
             else:
-                surrogate = surrogate + (emb * 0.0).sum()
-            if learned is not None:
-                cached = leaf_t.grad if first else torch.zeros_like(leaf_t)
-                surrogate = surrogate + (learned * cached).sum()
-            return surrogate, None
-
-        engine.forward_backward(replay, last=last)
+                emb, learned = encoded[number]
+                encoded[number] = None
+                engine.backward(surrogate(number, emb, learned), last=last)
     return report

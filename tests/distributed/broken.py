@@ -68,6 +68,12 @@ def fresh_seed(seed, number, chunk, rank=None):
     SEED_CHUNK(seed, number, chunk + 1000 * next(_numbers), rank)
 
 
+@contextmanager
+def alone(self):
+    """Kept graphs without a word to DeepSpeed."""
+    yield
+
+
 def local_count(values):
     """Own rows times W in place of the rows of all ranks: the mean of the ranks' means."""
     return values * comm.world_size() if values.numel() == 1 else ALL_SUM(values)
@@ -114,6 +120,7 @@ FAULTS = {
     "every part is the last": (Engine, "forward_backward", every_part_is_last),
     "no touch of the trained tower": (CompressionModel, "embed_images", untouched_tower),
     "seed not replayed": (step, "seed_chunk", fresh_seed),
+    "kept graphs unsaid": (Engine, "several_graphs", alone),
     "rows counted on one rank": (comm, "all_sum", local_count),
     "ids of one rank only": (comm, "gather_rows", local_ids),
     "gather without a sum": (comm._GatherRows, "backward", staticmethod(unsummed)),

@@ -48,12 +48,37 @@ def match_cases() -> list[Case]:
         Case("match zero2 qwen3_vl", "zero2", family="qwen3_vl"),
         Case("match strict untied", model=UNTIED),
         *option_cases(),
+        *kept_cases(),
         Case("match zero2 packed", "zero2", model={"carrier": "packed", "arithmetic": "matmul"}),
         Case(
             "match strict all at once",
             uneven=True,
             chunk=BUDGET,
             model=LORA | TOWER | CHECKPOINTED | ATTENTION | LEARNED,
+        ),
+    ]
+
+
+def kept_cases() -> list[Case]:
+    """Graphs of one chunk, of all but one, of all; three samples a chunk, three chunks or more."""
+    one, some, every = ({"samples": 3, "keep": keep} for keep in (1, 2, 99))
+    cases = [Case(f"match {d} kept", d, chunk=some) for d in STAGES]
+    cases += [Case(f"match {d} all kept", d, chunk=every, uneven=True) for d in STAGES]
+    for d in ("zero0", "zero2", "strict", "zero3_offload"):
+        cases.append(Case(f"match {d} kept tower", d, chunk=every, model=TOWER))
+        cases.append(Case(f"match {d} kept poisoned", d, chunk=some, poisoned=True))
+    for d in ("zero1", "zero2", "zero3", "strict"):
+        cases.append(Case(f"match {d} kept lora", d, chunk=every, model=LORA))
+    return [
+        *cases,
+        Case("match strict one kept", chunk=one),
+        Case("match strict kept of uneven", chunk=ONE | {"keep": 5}, uneven=True),
+        Case("match strict kept unclipped", chunk=some, **UNCLIPPED),
+        Case(
+            "match strict kept all at once",
+            uneven=True,
+            chunk=BUDGET | {"keep": 3},
+            model=LORA | TOWER | ATTENTION | LEARNED,
         ),
     ]
 
@@ -130,10 +155,15 @@ def precision_cases() -> list[Case]:
     stages = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
     pairs = [*[(d, "bf16") for d in stages], ("zero0", "autocast"), ("zero3", "autocast")]
     shared = {"kind": "adamw", "lr": 1e-3, "match": {"temperature": 0.2}}
+    kept = {"chunk": {"samples": 3, "keep": 2}, "precision": "bf16", "images": "all"}
     return [
         Case(f"{stage} {d} {precision}", d, stage, precision=precision, images="all", **shared)
         for stage in ("match", "compress")
         for d, precision in pairs
+    ] + [
+        Case(f"match {d} bf16 kept{name}", d, **kept, **shared, model=model)
+        for d in stages
+        for name, model in (("", {}), (" tower", TOWER))
     ]
 
 
@@ -147,6 +177,7 @@ def broken_cases() -> list[Case]:
         ("every part is the last", Case("", "zero2", "compress", images="all")),
         ("no touch of the trained tower", Case("", "strict", model=TOWER)),
         ("seed not replayed", Case("", "strict", model=LORA)),
+        ("kept graphs unsaid", Case("", "strict", chunk={"samples": 3, "keep": 2})),
         ("rows counted on one rank", Case("", "strict", uneven=True, **UNCLIPPED)),
         ("rows counted on one rank", Case("", "zero2", "compress", images="all")),
         ("ids of one rank only", Case("", "strict")),

@@ -228,6 +228,22 @@ class TowerCount:
         return seen
 
 
+class PassCount:
+    """Forwards of the language model, with a graph and without."""
+
+    def __init__(self, model) -> None:
+        self.seen = [0, 0]
+        model.backbone.text.register_forward_pre_hook(self._count)
+
+    def _count(self, *_) -> None:
+        self.seen[int(torch.is_grad_enabled())] += 1
+
+    def take(self) -> list[int]:
+        """(without, with) since the last call."""
+        seen, self.seen = self.seen, [0, 0]
+        return seen
+
+
 def run_case(case: Case) -> dict:
     """The case in this world beside its reference, as JSON values (differences are absolute)."""
     began = time.perf_counter()
@@ -237,19 +253,21 @@ def run_case(case: Case) -> dict:
     if case.precision == "bf16":
         model.to(torch.bfloat16)
     model.autocast = case.precision == "autocast"
-    count = TowerCount(model)
+    count, passes = TowerCount(model), PassCount(model)
     engine = Engine(model, build_optimizer(model, config.optim), config, torch.device("cpu"))
     matching = case.stage == "match"
     objective = Match(config.match) if matching else Compress(config.compress)
     take_step = grad_cache if matching else accumulate
-    losses, norms, tower, images, applied = [], [], [], [], []
+    losses, norms, tower, images, applied, forwards = [], [], [], [], [], []
     for step in range(STEPS):
         batch = case.batch(step, comm.rank())
         count.take()
+        passes.take()
         fault = "not finite on one rank" if case.poisoned and step == 1 else case.broken
         with broken_step(fault) if fault else nullcontext():
             report = take_step(engine, objective, batch, config.chunk, seed=0, step=step)
         tower.append(count.take())
+        forwards.append([*passes.take(), len(plan_chunks(batch, config.chunk))])
         images.append(len(batch.images) if batch.images else 0)
         result = engine.step(step)
         losses.append(report["loss"])
@@ -270,6 +288,7 @@ def run_case(case: Case) -> dict:
         "applied": applied,
         "images": images,
         "tower": tower,
+        "forwards": forwards,
         "seconds": time.perf_counter() - began,
         "finite": all(bool(p.isfinite().all()) for p in parameters.values()),
     }

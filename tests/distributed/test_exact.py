@@ -82,6 +82,17 @@ def test_each_image_is_encoded_once_a_step(world: int, name: str):
                 assert tower["blank"] == int(trained), result
 
 
+@pytest.mark.parametrize("world, name", names(only=lambda c: c.stage == "match"))
+def test_a_chunk_whose_graph_is_kept_runs_once(world: int, name: str):
+    """The others run twice: without a graph, and again with it."""
+    case = CASES[world][name]
+    keep, trained = case.chunk.get("keep", 0), case.model.get("train_vision", False)
+    for result in found(world, name):
+        for without, with_graph, chunks in result["forwards"]:
+            assert with_graph == chunks
+            assert without == min(chunks, max(chunks - keep, 2 * int(trained)))
+
+
 @pytest.mark.parametrize("world, name", names(precision=True))
 def test_lower_precision_is_near_fp32(world: int, name: str):
     """The first loss, before any update, within 0.5 %; the third within 3 %.
