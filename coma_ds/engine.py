@@ -32,6 +32,7 @@ from coma_ds import comm
 from coma_ds.config import RunConfig
 from coma_ds.disk import room
 from coma_ds.mechanics import deepspeed_config
+from coma_ds.model.adapters import adapter_layers
 from coma_ds.optim import learning_rate
 
 log = logging.getLogger("coma_ds")
@@ -137,7 +138,9 @@ class Engine:
                 model=model, optimizer=optimizer, config=self.ds_config
             )
         self._frozen: dict[str, int | str] | None = None
+        self._few_trained = bool(adapter_layers(model.backbone.lm)) and not model.vision_is_trained
         self._forgets = self._coalesces = False
+        self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
         clip = self._engine.gradient_clipping()
         if clip != config.optim.clip:
             raise RuntimeError(f"DeepSpeed clips at {clip}, not at {config.optim.clip}")
@@ -173,29 +176,46 @@ class Engine:
         return result
 
     @contextmanager
-    def several_graphs(self):
-        """Inside, graphs of several forwards may wait for their ``backward``.
+    def gradients_of_a_step(self, *, kept: bool = False):
+        """Around all forwards and backwards of one optimizer step; ``kept``: graphs of several
+        forwards wait for their ``backward``.
 
-        Stage 3 counts its parts by forwards: left to itself it would take the second of two
-        backwards without a forward between them for the first of a step.  The gradients stay on
-        the parameters until the end of the block, where they are reduced once; those in bf16 are
-        too coarse to add up there, and are reduced after every backward, in fp32.
+        Adapters under ZeRO-3: their gradients, small as they are, stay whole on every rank until
+        the end and are reduced once.  What else is trained is reduced after every part, so that no
+        gradient is ever whole; stages 1 to 3 then take a second backward without a forward in
+        between for the first of a step, unless they are told.
         """
-        self._forgets = self.stage > 0 and self.config.precision == "bf16"
-        self._coalesces = self.stage > 0 and self.config.precision != "bf16"
+        self._coalesces = self.stage == 3 and self._few_trained
+        self._forgets = kept and self.stage > 0 and not self._coalesces
         try:
             with self._engine.coalesce_grad_reduction() if self._coalesces else nullcontext():
                 yield
+                if self._sums:
+                    for parameter, total in self._sums.items():
+                        parameter.grad = total.to(parameter.dtype)
         finally:
             self._forgets = self._coalesces = False
+            self._sums.clear()
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Backward of a scalar whose forward went through this engine; ``last`` as below."""
+        """Backward of a scalar whose forward went through this engine; ``last`` as for
+        ``forward_backward``."""
         if not self._coalesces:
             self._engine.set_gradient_accumulation_boundary(last)
         if self._forgets:
             self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(loss)
+        if self._coalesces and self.config.precision == "bf16":
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Move gradients into fp32 sums: bf16 is too coarse to add up many parts."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                if parameter not in self._sums:
+                    self._sums[parameter] = torch.zeros_like(parameter.grad, dtype=torch.float32)
+                self._sums[parameter] += parameter.grad
+                parameter.grad = None
 
     def step(self, step: int) -> StepResult:
         """Clip and update, with the rate of ``step``; skipped as a whole on a bad gradient."""

@@ -10,7 +10,6 @@ Shapes: B own samples, E embedding width, F image tokens of the step, S feature 
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -80,18 +79,20 @@ def accumulate(engine, objective, batch: Batch, config: ChunkConfig, *, seed: in
             features = engine(lambda m: m.embed_images(batch.images))
     parts = batch.split([_or_first(g) for g in groups], with_images=trained)
     sums: dict[str, torch.Tensor] = {}
-    for number, (part, group) in enumerate(zip(parts, groups)):
-        seed_chunk(seed, step, number)
-        counts = float(len(group) > 0)
 
-        def run(model, part=part, counts=counts):
-            seen = model.embed_images(part.images) if trained else features
-            loss, report = objective.loss(model, part, seen)
-            return loss * (counts * comm.world_size() / total), report
+    def run(model, number: int):
+        part, counts = parts[number], float(len(groups[number]) > 0)
+        seen = model.embed_images(part.images) if trained else features
+        loss, report = objective.loss(model, part, seen)
+        return loss * (counts * comm.world_size() / total), (report, counts)
 
-        report = engine.forward_backward(run, last=number == len(parts) - 1)
-        for name, value in report.items():
-            sums[name] = sums.get(name, 0.0) + value.float() * counts
+    with engine.gradients_of_a_step():
+        for number in range(len(parts)):
+            seed_chunk(seed, step, number)
+            call, last = partial(run, number=number), number == len(parts) - 1
+            report, counts = engine.forward_backward(call, last=last)
+            for name, value in report.items():
+                sums[name] = sums.get(name, 0.0) + value.float() * counts
     means = comm.all_sum(torch.stack(list(sums.values()))) / total
     return dict(zip(sums, means.tolist()))
 
@@ -161,7 +162,7 @@ def grad_cache(engine, objective, batch: Batch, config: ChunkConfig, *, seed: in
 
     kept = list(range(replays, len(parts)))
     first = [0] if trained else []
-    with engine.several_graphs() if kept else nullcontext():
+    with engine.gradients_of_a_step(kept=bool(kept)):
         for number in [*first, *kept, *range(len(first), replays)]:
             last = number == (replays - 1 if replays else kept[-1])
             if number < replays:

@@ -69,7 +69,7 @@ def fresh_seed(seed, number, chunk, rank=None):
 
 
 @contextmanager
-def alone(self):
+def alone(self, *, kept=False):
     """Kept graphs without a word to DeepSpeed."""
     yield
 
@@ -120,7 +120,7 @@ FAULTS = {
     "every part is the last": (Engine, "forward_backward", every_part_is_last),
     "no touch of the trained tower": (CompressionModel, "embed_images", untouched_tower),
     "seed not replayed": (step, "seed_chunk", fresh_seed),
-    "kept graphs unsaid": (Engine, "several_graphs", alone),
+    "kept graphs unsaid": (Engine, "gradients_of_a_step", alone),
     "rows counted on one rank": (comm, "all_sum", local_count),
     "ids of one rank only": (comm, "gather_rows", local_ids),
     "gather without a sum": (comm._GatherRows, "backward", staticmethod(unsummed)),
