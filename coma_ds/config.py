@@ -61,6 +61,9 @@ class LoRAConfig(Section):
     targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
 
 
+PACKED_ARITHMETIC = ("flash_attn", "flash_attn_4", "varlen", "flex")
+
+
 class ModelConfig(Section):
     """What is trained, and how it is arranged."""
 
@@ -75,7 +78,10 @@ class ModelConfig(Section):
     lora: LoRAConfig = LoRAConfig()
     train_vision: bool = False
     attention: Literal["auto", "split", "dense", "packed"] = "auto"
-    arithmetic: Literal["auto", "sdpa", "matmul"] = "auto"
+    # what computes it; the last four on packed sequences and a GPU (auto takes the first there is)
+    arithmetic: Literal[
+        "auto", "sdpa", "matmul", "flash_attn", "flash_attn_4", "varlen", "flex"
+    ] = "auto"
     gradient_checkpointing: bool = False
     min_vision_tokens: int | None = Field(None, ge=1)  # None: what the processor says
     max_vision_tokens: int | None = Field(None, ge=1)
@@ -86,6 +92,11 @@ class ModelConfig(Section):
         low, high = self.min_vision_tokens, self.max_vision_tokens
         if low and high and low > high:
             raise ValueError(f"min_vision_tokens {low} is above max_vision_tokens {high}")
+        if self.attention in ("split", "dense") and self.arithmetic in PACKED_ARITHMETIC:
+            raise ValueError(
+                f"arithmetic {self.arithmetic!r} works on packed sequences, not with attention "
+                f"{self.attention!r}: use 'packed' or 'auto'"
+            )
         if self.pooling_heads > 1 and self.pooling != "attention":
             raise ValueError(
                 f"pooling_heads {self.pooling_heads} has no effect with pooling {self.pooling!r}: "

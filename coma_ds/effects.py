@@ -53,6 +53,13 @@ def _idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield from ((f"data.{key}", "a single source") for key in ("weighting", "sub_batch"))
     if compress.visible and not matching:
         yield "model.bottleneck", "compress.visible, which has none"
+    if matching:
+        yield (
+            "model.gradient_checkpointing",
+            f"{objective}, where chunks bound what is in memory (chunk.samples, chunk.tokens)",
+        )
+    else:
+        yield "chunk.keep", f"{objective}, where no chunk runs twice"
     if model.adapter == "none":
         yield "model.lora", "model.adapter 'none'"
     if config.init_from:

@@ -5,7 +5,6 @@ The only importer of deepspeed, with ``mechanics``, which reads its config.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import io
 import logging
@@ -31,6 +30,7 @@ from deepspeed.utils import safe_get_full_grad, safe_set_full_grad, set_z3_leaf_
 from coma_ds import comm
 from coma_ds.config import RunConfig
 from coma_ds.disk import room
+from coma_ds.hardware import keep_freed_memory
 from coma_ds.mechanics import deepspeed_config
 from coma_ds.model.adapters import adapter_layers
 from coma_ds.optim import learning_rate
@@ -39,7 +39,7 @@ log = logging.getLogger("coma_ds")
 
 Result = TypeVar("Result")
 FINGERPRINT_AT_A_TIME = 2**22  # elements, for memory
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
+HELD = -1  # in place of the number of a submodule
 
 
 def start(timeout_minutes: int | None = None) -> torch.device:
@@ -59,7 +59,7 @@ def start(timeout_minutes: int | None = None) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = torch.device("cpu")
     if not on_gpu:
-        _keep_freed_memory()
+        keep_freed_memory()
     else:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -83,33 +83,6 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by the names that torch is about to change.
     warnings.filterwarnings("ignore", message=r".*`torch\.distributed\.\w+` is deprecated")
-
-
-def share_threads() -> None:
-    """Divide the cores that this job may use among the ranks of the machine.
-
-    ``OMP_NUM_THREADS``, where it is set, is what each rank takes instead.
-    """
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
-    fair = len(os.sched_getaffinity(0)) // int(ranks)
-    torch.set_num_threads(max(1, int(told) if told.isdigit() else fair))
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed, instead of giving it back to the kernel.
-
-    Activations of a step are large blocks; on virtual machines the page faults of mapping them
-    anew cost several times the arithmetic (measured: 0.6 s a step against 5 to 14 s).
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_ARENA_MAX, 1)  # arenas of other threads are mapped and trimmed regardless
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_TOP_PAD, 2**28)
-    except (OSError, AttributeError):  # another C library
-        log.debug("no mallopt here")
 
 
 @dataclass(frozen=True)
@@ -138,7 +111,15 @@ class Engine:
                 model=model, optimizer=optimizer, config=self.ds_config
             )
         self._frozen: dict[str, int | str] | None = None
-        self._few_trained = bool(adapter_layers(model.backbone.lm)) and not model.vision_is_trained
+        lm = model.backbone.lm
+        table = lm.get_input_embeddings().weight
+        if self.stage == 3 and config.objective == "compress" and model.answers.weight is table:
+            # Whole from the embedding to the head of a forward, and back, instead of twice.
+            deepspeed.zero.register_external_parameter(model, table)
+        self._whole = [p for p in model.parameters() if getattr(p, "ds_persist", False)]
+        few_trained = bool(adapter_layers(lm)) and not model.vision_is_trained
+        self.keeps_weights_whole = len(self._whole) == len(list(model.parameters()))
+        self.reduces_once = self.stage == 3 and (few_trained or self.keeps_weights_whole)
         self._forgets = self._coalesces = False
         self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
         clip = self._engine.gradient_clipping()
@@ -160,7 +141,18 @@ class Engine:
         self._engine.eval()
 
     def __call__(self, call: Callable[[Any], Result]) -> Result:
+        self._hold()
         return self._engine(call)
+
+    def _hold(self) -> None:
+        """Keep weights whole until the step that file ``deepspeed`` lets be whole.
+
+        DeepSpeed (0.19.8) frees them all the same as long as each forward is unlike the last, as
+        those of a tower and of a language model are.
+        """
+        if self._engine.training:
+            for parameter in self._whole:
+                parameter.ds_active_sub_modules.add(HELD)
 
     def forward_backward(self, call: Callable[[Any], tuple[torch.Tensor, Result]], *, last: bool):
         """One part of an optimizer step: forward, then backward of the scalar it returns.
@@ -171,7 +163,7 @@ class Engine:
         """
         if not self._coalesces:
             self._engine.set_gradient_accumulation_boundary(last)
-        loss, result = self._engine(call)
+        loss, result = self(call)
         self.backward(loss, last=last)
         return result
 
@@ -180,19 +172,20 @@ class Engine:
         """Around all forwards and backwards of one optimizer step; ``kept``: graphs of several
         forwards wait for their ``backward``.
 
-        Adapters under ZeRO-3: their gradients, small as they are, stay whole on every rank until
-        the end and are reduced once.  What else is trained is reduced after every part, so that no
-        gradient is ever whole; stages 1 to 3 then take a second backward without a forward in
-        between for the first of a step, unless they are told.
+        Under ZeRO-3 the gradients of adapters, small as they are, stay whole on every rank until
+        the end and are reduced once; so do all gradients where the weights may be whole.  What
+        else is trained is reduced after every part, so that no gradient is ever whole; stages 1 to
+        3 then take a second backward without a forward in between for the first of a step, unless
+        they are told.
         """
-        self._coalesces = self.stage == 3 and self._few_trained
+        self._coalesces = self.reduces_once
         self._forgets = kept and self.stage > 0 and not self._coalesces
         try:
             with self._engine.coalesce_grad_reduction() if self._coalesces else nullcontext():
                 yield
                 if self._sums:
                     for parameter, total in self._sums.items():
-                        parameter.grad = total.to(parameter.dtype)
+                        parameter.grad.copy_(total)
         finally:
             self._forgets = self._coalesces = False
             self._sums.clear()
@@ -215,13 +208,15 @@ class Engine:
                 if parameter not in self._sums:
                     self._sums[parameter] = torch.zeros_like(parameter.grad, dtype=torch.float32)
                 self._sums[parameter] += parameter.grad
-                parameter.grad = None
+                parameter.grad.zero_()  # it stays: the weight itself is sharded, and has no shape
 
     def step(self, step: int) -> StepResult:
         """Clip and update, with the rate of ``step``; skipped as a whole on a bad gradient."""
         rate = learning_rate(step, self.config.optim)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
+        for parameter in self._whole:
+            parameter.ds_active_sub_modules.discard(HELD)
         norm = None
         if self.stage == 0 and self.config.precision != "bf16":
             # DeepSpeed (0.19.8) hands this case to torch's optimizer: it keeps no norm and checks

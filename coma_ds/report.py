@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from coma_ds import comm
@@ -12,12 +10,13 @@ from coma_ds.config import MatchConfig, RunConfig
 from coma_ds.engine import Engine
 from coma_ds.hardware import SLOW, has_fast_bf16
 from coma_ds.kernels.dispatch import outlook
+from coma_ds.model.varlen import CARRIERS, best_carrier
 
 ATTENTION = {
     "split": "split form of the visibility rule, two causal calls (a mask in the first one where "
     "contexts are of unequal length)",
     "dense": "dense mask [B, 1, L, L]",
-    "packed": "packed sequences, one call for each sample",
+    "packed": "packed sequences without padding, one call over their segments",
 }
 
 
@@ -44,6 +43,19 @@ def describe_loss(match: MatchConfig, device: torch.device) -> str:
     said = "".join(f", {name}" for name, given in options.items() if given)
     path, values = _path("info_nce", device), ", ".join(temperatures)
     return f"InfoNCE ({path}); temperature {values}{learned}{said}"
+
+
+def describe_arithmetic(name: str, precision: str, device: torch.device) -> str:
+    """What computes attention, and why nothing that comes before it on a GPU."""
+    if name == "matmul":
+        return "matmul: faster than torch's fused attention for short sequences on a CPU"
+    said = CARRIERS[name].said if name in CARRIERS else "sdpa: torch's fused attention"
+    if device.type == "cuda":
+        best, lacks = best_carrier(device, torch.float32 if precision == "fp32" else torch.bfloat16)
+        if best != name:
+            lacks = ""  # it was asked for by name
+        said += f" ({lacks})" if lacks else ""
+    return said
 
 
 def _path(op: str, device: torch.device) -> str:
@@ -73,16 +85,14 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     budget = f"{chunk.samples} samples"
     if chunk.tokens:
         budget = f"{chunk.tokens} tokens and {budget}"
-    path = "sdpa: torch's fused attention"
-    if backbone.arithmetic == "matmul":
-        path = "matmul: faster than torch's fused attention for short sequences on a CPU"
-    if engine.device.type == "cuda":
-        has_flash = importlib.util.find_spec("flash_attn") is not None
-        path += ", flash-attn is installed but not used yet" if has_flash else ""
+    if chunk.keep and config.objective == "match":
+        budget += f", the graphs of {chunk.keep} kept"
+    path = describe_arithmetic(backbone.arithmetic, config.precision, engine.device)
     rule = "rule off: the dialogue sees the image" if config.compress.visible else "rule on"
     attention = ATTENTION[backbone.carrier]
     if config.objective == "match":
         attention = "causal, the compression tokens last"
+        attention += ", packed without padding" if backbone.carrier == "packed" else ""
     elif config.compress.visible:
         attention = "causal"
     teacher = ""
@@ -105,7 +115,8 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         f"trained    {trained / 1e6:.3f} M: {adapter}, vision tower {tower}, "
         f"{tokens} compression tokens ({config.model.bottleneck}), pooling {pooling}",
         f"world      {world} rank(s) on {engine.device.type}, ZeRO-{engine.stage} "
-        f"({config.deepspeed}), {config.precision}{slow}",
+        f"({config.deepspeed}{', weights whole' if engine.keeps_weights_whole else ''}), "
+        f"{config.precision}{slow}",
         f"attention  {attention}; {path}",
         f"loss       {loss}",
         f"images     {low} to {high} image tokens each",

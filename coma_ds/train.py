@@ -19,7 +19,7 @@ import argparse
 import time
 from typing import NoReturn
 
-from coma_ds import comm, engine
+from coma_ds import comm, engine, hardware
 from coma_ds.assemble import build_data, build_engine, build_objective, build_processing
 from coma_ds.checks import check_run
 from coma_ds.config import RunConfig, load_config
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     """Build the run, then one visible loop."""
     args, config = parse(argv)
     device = engine.start()
-    engine.share_threads()
+    hardware.share_threads()
     config = comm.decide(lambda: settled(config))
     run = Run(config, keep=not (args.dry_run or args.verify_gradients))
     source, processing = build_processing(config)

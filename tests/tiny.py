@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,8 +228,14 @@ class PlainEngine:
     def __call__(self, call):
         return call(self.model)
 
+    def gradients_of_a_step(self, *, kept: bool = False):
+        return nullcontext()
+
     def forward_backward(self, call, *, last: bool):
-        self.lasts.append(last)
         loss, result = call(self.model)
-        loss.backward()
+        self.backward(loss, last=last)
         return result
+
+    def backward(self, loss, *, last: bool) -> None:
+        self.lasts.append(last)
+        loss.backward()

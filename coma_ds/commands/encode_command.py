@@ -66,10 +66,10 @@ def execute(args: argparse.Namespace) -> int:
     rows = InputRows(args.input, asked, args.image_root)
     device = args.device
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from coma_ds import engine
+        from coma_ds import engine, hardware
 
         device = engine.start()
-        engine.share_threads()
+        hardware.share_threads()
     embedder = Embedder(args.model, device=device, precision=args.precision)
     main = comm.rank() == 0
     with tqdm(total=len(rows), unit="row", disable=not (main and sys.stderr.isatty())) as bar:

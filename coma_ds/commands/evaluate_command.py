@@ -70,13 +70,13 @@ def execute(args: argparse.Namespace) -> int:
             f"{folder} is a run of stage 1, which has no ranking sets: leave --sets and --root out"
         )
 
-    from coma_ds import comm, engine
+    from coma_ds import comm, engine, hardware
     from coma_ds.evaluation import summed_up, write_results
     from coma_ds.run import log_to_stderr
     from coma_ds.run_folder import identity
 
     device = engine.start()
-    engine.share_threads()
+    hardware.share_threads()
     log_to_stderr(comm.rank() == 0)
     measure = _ranking if ranking else _bottleneck
     results, text = measure(folder, config, args.sets, device)

@@ -34,13 +34,13 @@ def execute(args: argparse.Namespace) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already: name a new folder with --output")
 
-    from coma_ds import comm, engine
+    from coma_ds import comm, engine, hardware
     from coma_ds.assemble import build_engine, build_processing
     from coma_ds.checkpoint import Checkpoints, load_checkpoint
     from coma_ds.run import export_run, log_to_stderr
 
     device = engine.start()
-    engine.share_threads()
+    hardware.share_threads()
     log_to_stderr(comm.rank() == 0)
     published = Checkpoints(folder / "checkpoints", config.checkpoint)
     checkpoint = published.find(args.checkpoint or "auto")

@@ -16,65 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from coma_ds.batch import CONTEXT, DIALOGUE, PADDING, Padded
+from coma_ds.model.varlen import ARITHMETIC, Arithmetic, Spans, VarLen, looped, matmul, sdpa
 
 Visibility = Literal["bottleneck", "causal"]
 TEXT_ATTENTION = "coma_ds"
 # transformers hands packed sequences with their offsets only to implementations named "flash".
 VISION_ATTENTION = "coma_ds_flash_vision"
-
-
-class Arithmetic(Protocol):
-    """softmax(query key' * scale + mask) value; ``mask`` is boolean, True where a row may look."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        mask: torch.Tensor | None = None,
-        causal: bool = False,
-    ) -> torch.Tensor: ...
-
-
-def sdpa(query, key, value, scale, mask=None, causal=False):
-    """Torch's fused attention; grouped heads are expanded on a CPU, which has no such kernel."""
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.device.type == "cpu":
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        grouped = False
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-
-
-def matmul(query, key, value, scale, mask=None, causal=False):
-    """Two matrix products and a softmax: the fastest form for short sequences on a CPU."""
-    batch, heads, rows, width = query.shape
-    groups = key.shape[1]
-    query = query.reshape(batch, groups, heads // groups, rows, width)
-    scores = torch.matmul(query * scale, key.unsqueeze(2).transpose(-1, -2))
-    if causal:
-        mask = torch.ones(rows, key.shape[2], dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        if mask.dim() == 4:
-            mask = mask.unsqueeze(2)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, -1)
-    return torch.matmul(weights, value.unsqueeze(2)).reshape(batch, heads, rows, -1)
-
-
-ARITHMETIC: dict[str, Arithmetic] = {"sdpa": sdpa, "matmul": matmul}
 
 
 def visibility_mask(segment_BL: torch.Tensor, visibility: Visibility) -> torch.Tensor:
@@ -136,29 +90,52 @@ class Split:
         return torch.cat([first, second[:, :, self.tokens :]], 2)
 
 
-@dataclass
 class Packed:
-    """One row of T tokens, sample after sample, no padding: the meaning of a varlen kernel.
+    """One row of T tokens, sample after sample, no padding; one call over spans.
 
-    ``lengths`` are (context, tokens, dialogue) of each sample.
+    A span is a sample.  Under the bottleneck a sample is two: [context + tokens], and [tokens +
+    dialogue] with the token rows given again and their second outputs dropped.
     """
 
-    lengths: list[tuple[int, int, int]]
-    visibility: Visibility
-    arithmetic: Arithmetic
+    def __init__(self, lengths_B3: torch.Tensor, visibility: Visibility, attend: VarLen) -> None:
+        self.lengths_B3 = lengths_B3
+        self.splits = visibility == "bottleneck" and bool(lengths_B3[:, CONTEXT].any())
+        self.attend = attend
+        self._made: tuple[Spans, torch.Tensor | None, torch.Tensor | None] | None = None
 
     def __call__(self, query, key, value, scale):
-        parts, start = [], 0
-        for context, tokens, dialogue in self.lengths:
-            end = start + context + tokens + dialogue
-            spans = [x[:, :, start:end] for x in (query, key, value)]
-            if self.visibility == "causal" or not context:
-                parts.append(self.arithmetic(*spans, scale, causal=True))
-            else:
-                split = Split(context + tokens, tokens, None, self.arithmetic)
-                parts.append(split(*spans, scale))
-            start = end
-        return torch.cat(parts, 2)
+        spans, rows_G, kept_T = self._spans(query.device)
+        seen = [x[0].transpose(0, 1) for x in (query, key, value)]
+        if rows_G is not None:
+            seen = [x[rows_G] for x in seen]
+        out = self.attend(*seen, spans, scale, True)
+        if kept_T is not None:
+            out = out[kept_T]
+        return out.transpose(0, 1)[None]
+
+    def _spans(self, device: torch.device):
+        """Spans over rows G, which packed row each of them is, and which of them each row reads;
+        the last two None where they are the same.  Made once for all layers."""
+        if self._made is None:
+            context, tokens, dialogue = self.lengths_B3.unbind(1)
+            if not self.splits:
+                return self._remember(Spans.of(self.lengths_B3.sum(1), device), None, None)
+            starts = self.lengths_B3.sum(1).cumsum(0) - self.lengths_B3.sum(1)
+            first = torch.stack([starts, starts + context], 1).flatten()
+            lengths = torch.stack([context + tokens, tokens + dialogue], 1).flatten()
+            place_G = torch.arange(int(lengths.sum())) - (
+                lengths.cumsum(0) - lengths
+            ).repeat_interleave(lengths)
+            rows_G = first.repeat_interleave(lengths) + place_G
+            again = torch.stack([torch.zeros_like(tokens), tokens], 1).flatten()
+            kept_T = (place_G >= again.repeat_interleave(lengths)).nonzero().squeeze(-1)
+            moved = [x.to(device, non_blocking=True) for x in (rows_G, kept_T)]
+            return self._remember(Spans.of(lengths, device), *moved)
+        return self._made
+
+    def _remember(self, *made):
+        self._made = made
+        return made
 
 
 Layout = Dense | Causal | Split | Packed
@@ -192,27 +169,22 @@ def _text_attention(module, query, key, value, attention_mask, scaling, layout: 
     return layout(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
-def _vision_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
-    """Attention inside each span of [1, H, T, d]; spans of equal length share one call."""
-    bounds = cu_seq_lens_q.tolist()
-    lengths = [b - a for a, b in pairwise(bounds)]
-    arithmetic = sdpa if query.is_cuda or max(lengths) > 128 else matmul
-    _, heads, total, width = query.shape
-    if len(set(lengths)) == 1:
-        split = [
-            x[0].reshape(heads, len(lengths), lengths[0], width).transpose(0, 1)
-            for x in (query, key, value)
-        ]
-        out = arithmetic(*split, scaling)  # [spans, H, l, d]
-        return out.transpose(1, 2).reshape(1, total, heads, width), None
-    out = query.new_empty(total, heads, width)
-    for length in sorted(set(lengths)):
-        starts = [a for a, b in pairwise(bounds) if b - a == length]
-        rows = torch.tensor(starts, device=query.device)[:, None]
-        rows = rows + torch.arange(length, device=query.device)
-        picked = [x[0].transpose(0, 1)[rows].transpose(1, 2) for x in (query, key, value)]
-        out = out.index_put((rows,), arithmetic(*picked, scaling).transpose(1, 2))
-    return out[None], None
+def _vision_arithmetic(spans: Spans, query: torch.Tensor) -> Arithmetic:
+    return sdpa if query.is_cuda or spans.longest > 128 else matmul
+
+
+VISION_LOOP = looped(_vision_arithmetic)
+
+
+def _vision_attention(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q=None, **given
+):
+    """Attention inside each span of [1, H, T, d], by ``attend`` of the call of the tower."""
+    bounds = cu_seq_lens_q
+    longest = int(bounds.diff().max() if max_length_q is None else max_length_q)
+    seen = [x[0].transpose(0, 1) for x in (query, key, value)]
+    attend = given.get("attend", VISION_LOOP)
+    return attend(*seen, Spans(bounds.to(torch.int32), longest), scaling, False)[None], None
 
 
 AttentionInterface.register(TEXT_ATTENTION, _text_attention)

@@ -15,22 +15,23 @@ from transformers import PreTrainedModel
 from coma_ds.batch import Batch, ImageBatch
 from coma_ds.config import FAMILIES
 from coma_ds.model.attention import (
-    ARITHMETIC,
     TEXT_ATTENTION,
     VISION_ATTENTION,
     Packed,
     Visibility,
     build_layout,
 )
+from coma_ds.model.varlen import ARITHMETIC, CARRIERS, span_attention
 
-CARRIERS = ("split", "dense", "packed")
+ARRANGEMENTS = ("split", "dense", "packed")
 
 
 class Backbone(nn.Module):
     """A ``...ForConditionalGeneration`` of the Qwen-VL families, fed from packed batches.
 
     ``carrier`` arranges the batch for the text layers (``split``, ``dense`` or ``packed``),
-    ``arithmetic`` computes one attention call (``sdpa`` or ``matmul``).
+    ``arithmetic`` computes attention: an entry of ``ARITHMETIC``, or of ``varlen.CARRIERS`` for
+    packed sequences, which then serves the tower too.
     """
 
     def __init__(self, lm: PreTrainedModel, carrier: str = "split", arithmetic: str = "sdpa"):
@@ -39,7 +40,8 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"model family {lm.config.model_type!r}: expected one of {', '.join(FAMILIES)}"
             )
-        if carrier not in CARRIERS or arithmetic not in ARITHMETIC:
+        known = arithmetic in ARITHMETIC or (carrier == "packed" and arithmetic in CARRIERS)
+        if carrier not in ARRANGEMENTS or not known:
             raise ValueError(f"attention {carrier!r} with {arithmetic!r} is not known")
         self.lm = lm
         self.carrier = carrier
@@ -89,7 +91,9 @@ class Backbone(nn.Module):
         images = images or self.blank_image()
         dtype = self.visual.dtype
         grid = images.grid_I3.to(images.pixels_PC.device)
-        out = self.visual(images.pixels_PC.to(dtype), grid_thw=grid, return_dict=True)
+        # Passed through to every attention call; there is no global state.
+        asked = {"attend": span_attention(self.arithmetic)} if self.arithmetic in CARRIERS else {}
+        out = self.visual(images.pixels_PC.to(dtype), grid_thw=grid, return_dict=True, **asked)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
         return torch.stack(levels)
 
@@ -107,8 +111,7 @@ class Backbone(nn.Module):
         """
         if self.carrier == "packed":
             ids_BL, positions_3BL = batch.input_ids_T[None], batch.position_ids_3T[:, None]
-            lengths = [tuple(row) for row in batch.lengths_B3.tolist()]
-            layout = Packed(lengths, visibility, ARITHMETIC[self.arithmetic])
+            layout = Packed(batch.lengths_B3, visibility, span_attention(self.arithmetic))
             cells = rows_R.to(ids_BL.device)
         else:
             aligned = visibility == "bottleneck" and self.carrier == "split"

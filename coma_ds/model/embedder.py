@@ -68,7 +68,8 @@ class CompressionModel(nn.Module):
             tokens.attach(backbone.lm.get_input_embeddings())
 
     def forward(self, call: Callable[[CompressionModel], Result]) -> Result:
-        device = self.answers.weight.device.type
+        # Not by a name: under ZeRO-3 a weight that is touched here comes whole in every forward.
+        device = next(self.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
             return call(self)
 

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from coma_ds import comm
-from coma_ds.config import MatchConfig, ModelConfig
+from coma_ds.config import PACKED_ARITHMETIC, MatchConfig, ModelConfig
 from coma_ds.data.processing import (
     POOLING_FILE,
     Processing,
@@ -38,6 +38,7 @@ from coma_ds.model.backbone import Backbone
 from coma_ds.model.embedder import CompressionModel, Temperature
 from coma_ds.model.pooling import Pooling
 from coma_ds.model.tokens import CompressionTokens
+from coma_ds.model.varlen import CARRIERS, best_carrier
 
 log = logging.getLogger("coma_ds")
 
@@ -201,6 +202,28 @@ def stored_query(source: str, extras: dict) -> torch.Tensor | None:
     return load_file(file)["query"]
 
 
+def choose_attention(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str]:
+    """Arrangement and arithmetic of a ``Backbone`` whose products are in ``dtype``.
+
+    Raises ``ValueError`` for one that was asked for and cannot be used.
+    """
+    wanted, arrangement = config.arithmetic, config.attention
+    if wanted in PACKED_ARITHMETIC:
+        if lack := CARRIERS[wanted].missing(device, dtype):
+            raise ValueError(
+                f"model.arithmetic {wanted!r} ({CARRIERS[wanted].said}) cannot be used: {lack}"
+            )
+        return "packed", wanted
+    if wanted == "auto":
+        wanted = "matmul" if device.type == "cpu" else "sdpa"
+        packed = "" if arrangement in ("split", "dense") else best_carrier(device, dtype)[0]
+        if packed:
+            return "packed", packed
+    return "split" if arrangement == "auto" else arrangement, wanted
+
+
 def build_model(
     config: ModelConfig,
     match: MatchConfig,
@@ -234,11 +257,8 @@ def build_model(
         sharded = HfDeepSpeedConfig(sharding) if sharding else None  # DoRA reads whole weights
         add_adapter(lm, config.lora, dora=config.adapter == "dora")
         del sharded
-    carrier = "split" if config.attention == "auto" else config.attention
-    arithmetic = config.arithmetic
-    if arithmetic == "auto":
-        arithmetic = "matmul" if device.type == "cpu" else "sdpa"
-    backbone = Backbone(lm, carrier, arithmetic)
+    products = torch.bfloat16 if precision == "autocast" else dtype
+    backbone = Backbone(lm, *choose_attention(config, device, products))
     tokens = None
     if config.compression_tokens:
         tokens = CompressionTokens(config.compression_tokens, backbone.width, first_id)
@@ -276,7 +296,7 @@ def build_model(
         config.bottleneck,
         autocast=precision == "autocast",
     )
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and not matching:  # stage 2 has chunks for that
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_trainable(model, config, matching=matching)
     return model.to(dtype)
@@ -297,6 +317,8 @@ def load_finished(
         source, compression_tokens=config.compression_tokens, max_length=config.max_length
     )
     plain = {"adapter": "none", "weights": "pretrained", "gradient_checkpointing": False}
+    if config.arithmetic in PACKED_ARITHMETIC:  # it may have been trained elsewhere
+        plain["arithmetic"] = "auto"
     ids = processing.compression_ids
     model = build_model(
         config.model_copy(update=plain),

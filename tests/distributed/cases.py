@@ -38,7 +38,6 @@ def match_cases() -> list[Case]:
         Case("match strict one sample a chunk", chunk=ONE, uneven=True),
         Case("match strict token budget", chunk=BUDGET),
         Case("match strict dora", model=DORA),
-        Case("match strict lora checkpointing", model=LORA | CHECKPOINTED),
         Case("match strict attention pooling", model=ATTENTION),
         Case("match zero2 last token", "zero2", model={"pooling": "last"}),
         Case("match zero2 no mask", "zero2", match={"mask_false_negatives": False}),
@@ -54,7 +53,7 @@ def match_cases() -> list[Case]:
             "match strict all at once",
             uneven=True,
             chunk=BUDGET,
-            model=LORA | TOWER | CHECKPOINTED | ATTENTION | LEARNED,
+            model=LORA | TOWER | ATTENTION | LEARNED,
         ),
     ]
 
@@ -71,6 +70,7 @@ def kept_cases() -> list[Case]:
         cases.append(Case(f"match {d} kept lora", d, chunk=every, model=LORA))
     return [
         *cases,
+        Case("match strict kept lora poisoned", chunk=some, model=LORA, poisoned=True),
         Case("match strict one kept", chunk=one),
         Case("match strict kept of uneven", chunk=ONE | {"keep": 5}, uneven=True),
         Case("match strict kept unclipped", chunk=some, **UNCLIPPED),
@@ -163,7 +163,7 @@ def precision_cases() -> list[Case]:
     ] + [
         Case(f"match {d} bf16 kept{name}", d, **kept, **shared, model=model)
         for d in stages
-        for name, model in (("", {}), (" tower", TOWER))
+        for name, model in (("", {}), (" tower", TOWER), (" lora", LORA))
     ]
 
 
@@ -195,6 +195,8 @@ REDUCED = (
     "match strict uneven", "match strict temperature", "match strict all at once",
     "match zero2 all one way", "match zero2 all both ways", "match strict learned tasks",
     "compress zero2 unclipped", "compress strict", "compress strict tower mixed",
+    "match zero0 all kept", "match zero1 kept", "match zero2 kept tower", "match zero3 kept",
+    "match strict kept", "match strict kept lora", "match strict kept all at once",
 )  # fmt: skip
 
 
@@ -203,4 +205,6 @@ def all_cases(world: int) -> list[Case]:
     cases = match_cases() + compress_cases()
     if world == 4:
         return [c for c in cases if c.name in REDUCED]
-    return cases + precision_cases() + broken_cases() if world == 2 else cases
+    if world == 1:  # nothing of the kept graphs depends on the ranks but what 2 and 4 show
+        return [c for c in cases if c.name in REDUCED or not c.chunk.get("keep")]
+    return cases + precision_cases() + broken_cases()

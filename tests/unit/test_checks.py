@@ -355,7 +355,7 @@ class TestTrain:
             raise Built
 
         monkeypatch.setattr(train.engine, "start", lambda: torch.device("cpu"))
-        monkeypatch.setattr(train.engine, "share_threads", lambda: None)
+        monkeypatch.setattr(train.hardware, "share_threads", lambda: None)
         monkeypatch.setattr(train, "build_engine", build)
         monkeypatch.setattr("coma_ds.run.log_to_stderr", lambda main: None)
 

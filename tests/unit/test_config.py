@@ -318,6 +318,8 @@ def test_reading_a_recipe_keeps_no_state() -> None:
         ("demo-compress", "data.sources=[dialogues]", "one source"),
         ("demo-compress", "data.weighting=uniform", "a single source"),
         ("demo-compress", "data.sub_batch=8", "a single source"),
+        ("demo-compress", "chunk.keep=2", "objective 'compress'"),
+        ("demo-match", "model.gradient_checkpointing=true", "objective 'match', where chunks"),
     ],
 )
 def test_an_override_without_effect_is_refused(recipe, override, cause) -> None:

@@ -209,9 +209,11 @@ def batch_of(processing):
     return collator(pairs), collator([Dialogue((Flat("red"),), (Turn("What?", "a thing"),))])
 
 
+@pytest.mark.parametrize("matching", [True, False])
 @pytest.mark.parametrize("switched_on", [True, False])
-def test_checkpointing_runs_each_layer_again_in_the_backward(tmp_path, switched_on):
-    model, processing = load(base_folder(tmp_path), gradient_checkpointing=switched_on)
+def test_checkpointing_runs_each_layer_again_in_the_backward(tmp_path, switched_on, matching):
+    base, asked = base_folder(tmp_path), {"gradient_checkpointing": switched_on}
+    model, processing = load(base, matching=matching, **asked)
     runs = []
     for layer in model.backbone.text.layers:
         layer.mlp.register_forward_pre_hook(lambda m, _: runs.append(m))
@@ -219,7 +221,7 @@ def test_checkpointing_runs_each_layer_again_in_the_backward(tmp_path, switched_
     emb_BE = model.train().embeddings(pairs, model.embed_images(pairs.images))
     assert len(runs) == 2
     emb_BE.square().sum().backward()
-    assert len(runs) == (4 if switched_on else 2)
+    assert len(runs) == (4 if switched_on and not matching else 2)
 
 
 class TestOutputMatrix:

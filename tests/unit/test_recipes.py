@@ -26,7 +26,7 @@ WANTED = {
     ),
     "qwen3_vl_2b-match",
 }
-MECHANICS = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+MECHANICS = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_whole": 3, "zero3_offload": 3}
 PAPER = [n for n in sorted(WANTED) if n.startswith("qwen2_5_vl")]
 
 

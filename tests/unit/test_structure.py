@@ -27,7 +27,7 @@ FLOORS = {
     "screen": 1,
     **dict.fromkeys(("data", "model", "evaluation", "optim", "metrics"), 2),
     **dict.fromkeys(("inference", "embedder", "bulk", "displays", "assessment"), 2),
-    **dict.fromkeys(("engine", "mechanics", "checkpoint"), 3),
+    **dict.fromkeys(("engine", "mechanics", "checkpoint", "planning"), 3),
     **dict.fromkeys(("step", "objectives", "verify", "assemble", "checks", "report"), 4),
     **dict.fromkeys(("run", "run_folder"), 4),
     **dict.fromkeys(("train", "commands"), 5),

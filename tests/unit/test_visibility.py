@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from coma_ds.batch import PADDING, Batch
 from coma_ds.config import FAMILIES
 from coma_ds.model.attention import (
-    ARITHMETIC,
     Causal,
     Dense,
     Packed,
@@ -23,6 +22,7 @@ from coma_ds.model.attention import (
 )
 from coma_ds.model.backbone import Backbone
 from coma_ds.model.loading import CLASSES
+from coma_ds.model.varlen import ARITHMETIC, span_attention
 from tests.tiny import FIRST_ID, make_batch, tiny_config, tiny_model
 
 # Columns that a row may see, besides causality (paper.md, the table of stage 1).
@@ -145,7 +145,7 @@ def test_carriers_equal_one_attention_call(lengths, arithmetic, bottleneck) -> N
         return cells.view(*view.input_ids_BL.shape, *x_THd.shape[1:]).transpose(1, 2)
 
     packed = (query_T, key_T, value_T)
-    check(Packed(lengths, visibility, ARITHMETIC[arithmetic]), None)
+    check(Packed(batch.lengths_B3, visibility, span_attention(arithmetic)), None)
     for alignment in ("right", "left", "segments"):
         view = batch.padded(alignment)
         check(build_layout(view, visibility, "dense", arithmetic), view)

@@ -101,7 +101,7 @@ def test_loop(monkeypatch, tmp_path, quiet, folder, objective):
     for name, value in patched.items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(train.engine, "start", lambda: CPU)
-    monkeypatch.setattr(train.engine, "share_threads", lambda: None)
+    monkeypatch.setattr(train.hardware, "share_threads", lambda: None)
     monkeypatch.setattr(assemble.TrainingData, "batches", batches)
     monkeypatch.setattr(Run, "report_start", lambda *_: None)
     monkeypatch.setattr(Run, "log", logs)
