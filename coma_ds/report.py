@@ -11,6 +11,7 @@ from coma_ds.engine import Engine
 from coma_ds.hardware import SLOW, has_fast_bf16
 from coma_ds.kernels.dispatch import outlook
 from coma_ds.model.varlen import CARRIERS, best_carrier
+from coma_ds.planning.weights import numel
 
 ATTENTION = {
     "split": "split form of the visibility rule, two causal calls (a mask in the first one where "
@@ -18,11 +19,6 @@ ATTENTION = {
     "dense": "dense mask [B, 1, L, L]",
     "packed": "packed sequences without padding, one call over their segments",
 }
-
-
-def size(parameter) -> int:
-    """Elements of a parameter, sharded or not."""
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def describe_loss(match: MatchConfig, device: torch.device) -> str:
@@ -67,8 +63,8 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     """The start-up report, line by line: what is trained, how, and why not faster."""
     model = engine.model
     backbone = model.backbone
-    total = sum(size(p) for p in model.parameters())
-    trained = sum(size(p) for p in model.parameters() if p.requires_grad)
+    total = sum(numel(p) for p in model.parameters())
+    trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
     adapter = "full training" if config.model.adapter == "none" else config.model.adapter
     tower = "trained" if model.vision_is_trained else "frozen"
     tokens = config.model.compression_tokens

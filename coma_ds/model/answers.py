@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from coma_ds.model.work import Work
+
 MAX_LOGITS = 2**26  # elements of one chunk of logits: 256 MiB in float32
 
 
@@ -27,6 +29,7 @@ class AnswerHead(nn.Module):
     def __init__(self, weight_VD: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight_VD
+        self.work = Work()
 
     def _chunk(self, hidden_RD, labels_R, teacher_RD):
         logits_RV = _wide(F.linear(hidden_RD, self.weight))
@@ -51,6 +54,9 @@ class AnswerHead(nn.Module):
         needs on every rank.
         """
         count = max(1, MAX_LOGITS // self.weight.shape[0])
+        self.work.add(head_rows=len(hidden_RD))
+        if teacher_RD is not None:
+            self.work.add(graph=False, head_rows=len(teacher_RD))
         if len(hidden_RD) == 0:
             return _wide(F.linear(hidden_RD, self.weight)).sum(), labels_R.sum().float()
         total, right = 0.0, 0
@@ -59,6 +65,7 @@ class AnswerHead(nn.Module):
         for place, (hidden, labels) in enumerate(parts):
             args = (hidden, labels, teachers[place] if teachers else None)
             if len(hidden_RD) > count and torch.is_grad_enabled():
+                self.work.head_rows_again += len(hidden) * (1 if teacher_RD is None else 2)
                 loss, hits = checkpoint(self._chunk, *args, use_reentrant=False)
             else:
                 loss, hits = self._chunk(*args)

@@ -9,7 +9,9 @@ text layers reach it through transformers' ``AttentionInterface`` under the name
 travels as a keyword of the model call, so there is no global state.
 
 Shapes: B samples, H heads, G key/value heads, L columns, T packed tokens, K compression tokens.
-Layouts take query [B, H, L, d], key and value [B, G, L, d] and return [B, H, L, d].
+Layouts take query [B, H, L, d], key and value [B, G, L, d] and return [B, H, L, d].  Their
+``pairs(B, L, fused)`` says how many scores they compute; a fused causal kernel leaves out those
+above the diagonal.
 """
 
 from __future__ import annotations
@@ -45,6 +47,10 @@ def visibility_mask(segment_BL: torch.Tensor, visibility: Visibility) -> torch.T
     return mask[:, None]
 
 
+def _causal_pairs(length, fused: bool):
+    return length * (length + 1) // 2 if fused else length * length
+
+
 @dataclass
 class Dense:
     """One call with the full mask: right for every padding, and quadratic in memory."""
@@ -55,6 +61,9 @@ class Dense:
     def __call__(self, query, key, value, scale):
         return self.arithmetic(query, key, value, scale, mask=self.mask)
 
+    def pairs(self, samples: int, columns: int, fused: bool) -> int:
+        return samples * columns**2
+
 
 @dataclass
 class Causal:
@@ -64,6 +73,9 @@ class Causal:
 
     def __call__(self, query, key, value, scale):
         return self.arithmetic(query, key, value, scale, causal=True)
+
+    def pairs(self, samples: int, columns: int, fused: bool) -> int:
+        return samples * _causal_pairs(columns, fused)
 
 
 @dataclass
@@ -89,6 +101,10 @@ class Split:
         second = self.arithmetic(*tail, scale, causal=True)
         return torch.cat([first, second[:, :, self.tokens :]], 2)
 
+    def pairs(self, samples: int, columns: int, fused: bool) -> int:
+        first = _causal_pairs(self.boundary, fused and self.mask is None)
+        return samples * (first + _causal_pairs(columns - self.boundary + self.tokens, fused))
+
 
 class Packed:
     """One row of T tokens, sample after sample, no padding; one call over spans.
@@ -112,6 +128,12 @@ class Packed:
         if kept_T is not None:
             out = out[kept_T]
         return out.transpose(0, 1)[None]
+
+    def pairs(self, samples: int, columns: int, fused: bool) -> int:
+        context, tokens, dialogue = self.lengths_B3.unbind(1)
+        split = [context + tokens, tokens + dialogue]
+        spans = split if self.splits else [context + tokens + dialogue]
+        return sum(int(_causal_pairs(lengths, fused).sum()) for lengths in spans)
 
     def _spans(self, device: torch.device):
         """Spans over rows G, which packed row each of them is, and which of them each row reads;

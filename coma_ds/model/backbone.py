@@ -22,6 +22,7 @@ from coma_ds.model.attention import (
     build_layout,
 )
 from coma_ds.model.varlen import ARITHMETIC, CARRIERS, span_attention
+from coma_ds.model.work import Work, vision_pairs
 
 ARRANGEMENTS = ("split", "dense", "packed")
 
@@ -46,6 +47,7 @@ class Backbone(nn.Module):
         self.lm = lm
         self.carrier = carrier
         self.arithmetic = arithmetic
+        self.work = Work()
         lm.config.text_config._attn_implementation = TEXT_ATTENTION
         lm.config.vision_config._attn_implementation = VISION_ATTENTION
 
@@ -89,6 +91,13 @@ class Backbone(nn.Module):
         ZeRO-3 the tower's parameters are gathered by all ranks or by none.
         """
         images = images or self.blank_image()
+        trained = any(p.requires_grad for p in self.visual.parameters())
+        self.work.add(
+            graph=trained and torch.is_grad_enabled(),
+            patch_rows=int(images.grid_I3.prod(-1).sum()),
+            image_rows=int(images.tokens_I.sum()),
+            vision_pairs=vision_pairs(images, self.lm.config.vision_config),
+        )
         dtype = self.visual.dtype
         grid = images.grid_I3.to(images.pixels_PC.device)
         # Passed through to every attention call; there is no global state.
@@ -119,6 +128,8 @@ class Backbone(nn.Module):
             ids_BL, positions_3BL = padded.input_ids_BL, padded.position_ids_3BL
             layout = build_layout(padded, visibility, self.carrier, self.arithmetic)
             cells = padded.cells(rows_R.to(ids_BL.device))
+        fused = self.arithmetic != "matmul"
+        self.work.add(text_rows=ids_BL.numel(), text_pairs=layout.pairs(*ids_BL.shape, fused))
         images = None
         if len(batch.feature_rows_F):
             levels = features_SFD[:, batch.feature_rows_F].unbind(0)

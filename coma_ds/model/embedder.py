@@ -64,6 +64,7 @@ class CompressionModel(nn.Module):
         self.bottleneck = bottleneck
         self.autocast = autocast
         self.answers = AnswerHead(backbone.lm.lm_head.weight)
+        self.answers.work = backbone.work
         if tokens is not None:
             tokens.attach(backbone.lm.get_input_embeddings())
 

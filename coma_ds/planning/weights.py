@@ -27,16 +27,17 @@ def count_weights(model) -> Weights:
     lm = model.backbone.lm
     embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     parameters = list(model.parameters())
-    vision = sum(_numel(p) for p in model.backbone.visual.parameters())
-    own_head = _numel(head) if head is not embedding else 0
+    vision = sum(numel(p) for p in model.backbone.visual.parameters())
+    own_head = numel(head) if head is not embedding else 0
     return Weights(
         vision=vision,
-        language=sum(map(_numel, parameters)) - vision - own_head,
-        embedding=_numel(embedding),
+        language=sum(map(numel, parameters)) - vision - own_head,
+        embedding=numel(embedding),
         head=own_head,
-        trained=sum(_numel(p) for p in parameters if p.requires_grad),
+        trained=sum(numel(p) for p in parameters if p.requires_grad),
     )
 
 
-def _numel(parameter) -> int:
-    return parameter.ds_numel if hasattr(parameter, "ds_id") else parameter.numel()
+def numel(parameter) -> int:
+    """Elements of a parameter, sharded or not."""
+    return parameter.dsnumel if hasattr(parameter, "ds_id") else parameter.numel()

@@ -62,11 +62,12 @@ def kept_cases() -> list[Case]:
     """Graphs of one chunk, of all but one, of all; three samples a chunk, three chunks or more."""
     one, some, every = ({"samples": 3, "keep": keep} for keep in (1, 2, 99))
     cases = [Case(f"match {d} kept", d, chunk=some) for d in STAGES]
-    cases += [Case(f"match {d} all kept", d, chunk=every, uneven=True) for d in STAGES]
-    for d in ("zero0", "zero2", "strict", "zero3_offload"):
+    for d in ("zero0", "zero1", "zero2", "strict", "zero3_offload"):
+        cases.append(Case(f"match {d} all kept", d, chunk=every, uneven=True))
+    for d in ("zero2", "strict", "zero3_offload"):
         cases.append(Case(f"match {d} kept tower", d, chunk=every, model=TOWER))
+    for d in ("zero2", "strict"):
         cases.append(Case(f"match {d} kept poisoned", d, chunk=some, poisoned=True))
-    for d in ("zero1", "zero2", "zero3", "strict"):
         cases.append(Case(f"match {d} kept lora", d, chunk=every, model=LORA))
     return [
         *cases,
@@ -162,8 +163,14 @@ def precision_cases() -> list[Case]:
         for d, precision in pairs
     ] + [
         Case(f"match {d} bf16 kept{name}", d, **kept, **shared, model=model)
-        for d in stages
-        for name, model in (("", {}), (" tower", TOWER), (" lora", LORA))
+        for d, name, model in (
+            ("zero0", " tower", TOWER),
+            ("zero1", "", {}),
+            ("zero2", " tower", TOWER),
+            ("zero3", "", {}),
+            ("zero3", " lora", LORA),
+            ("zero3_offload", " tower", TOWER),
+        )
     ]
 
 

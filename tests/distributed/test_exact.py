@@ -1,7 +1,7 @@
 """DeepSpeed's parameters after three steps equal those of one process with the whole batch.
 
-One spawned world for each W runs all its configurations in turn; every configuration shows by
-name.
+One spawned world for each W and stage runs its configurations in turn; every configuration shows
+by name.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from tests.distributed.harness import run_world
 TOLERANCE = 1e-6  # of a parameter in fp32, after three steps
 WORLDS = (1, 2, 4)
 CASES = {world: {c.name: c for c in cases.all_cases(world)} for world in WORLDS}
-_results: dict[int, list[dict]] = {}
+_results: dict[tuple[int, str], list[dict]] = {}
 
 
 def found(world: int, name: str) -> list[dict]:
     """What the ranks of that world found in the case; the first question starts the world."""
-    if world not in _results:
-        _results[world] = []
-        listed = [asdict(c) for c in CASES[world].values()]
-        _results[world] = run_world(world, "tests.distributed.exact:run_cases", cases=listed)
-    assert _results[world], "the world of this case failed, see the first of its tests"
-    return [rank[name] for rank in _results[world]]
+    stage = CASES[world][name].stage
+    if (world, stage) not in _results:
+        _results[world, stage] = []
+        listed = [asdict(c) for c in CASES[world].values() if c.stage == stage]
+        _results[world, stage] = run_world(world, "tests.distributed.exact:run_cases", cases=listed)
+    assert _results[world, stage], "the world of this case failed, see the first of its tests"
+    return [rank[name] for rank in _results[world, stage]]
 
 
 def names(*, precision: bool = False, broken: bool = False, only=lambda case: True):
