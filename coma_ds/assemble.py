@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: processing, data, model, engine."""
+"""From a config to the parts of a run (processing, data, model, engine), and to what it leaves."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from coma_ds.data.replacements import Rows
 from coma_ds.data.sampler import BatchOrder, LocalBatches, Sources
 from coma_ds.engine import Engine, full_parameters
 from coma_ds.mechanics import deepspeed_config
+from coma_ds.model.card import model_card
+from coma_ds.model.export import export_model
 from coma_ds.model.loading import build_model, resolve_model
 from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
@@ -188,3 +190,27 @@ def build_engine(
     if stage < 3:
         model.to(device)
     return Engine(model, build_optimizer(model, config.optim), config, device)
+
+
+def export_run(
+    config: RunConfig, engine: Engine, processing: Processing, folder: Path, step: int
+) -> None:
+    """Write the model of a run, as it is after ``step`` steps; every rank takes part.
+
+    Raises ``ValueError`` on every rank when it cannot be written.
+    """
+    problem = ""
+    try:
+        export_model(
+            engine.model,
+            processing,
+            folder,
+            whole=full_parameters,
+            main=comm.rank() == 0,
+            card=model_card(config, step),
+            extras={"objective": config.objective, "recipe": config.recipe, "step": step},
+        )
+    except ValueError as error:
+        problem = str(error)
+    if found := [problem for problem in comm.all_objects(problem) if problem]:
+        raise ValueError(found[0])

@@ -109,7 +109,7 @@ def _check_run(config: RunConfig, data: TrainingData, thorough: bool) -> None:
             looks = replace(looks, built=GENERATED)
         longest = _look_at(name, reader, data.collator, looks, bad, tasks)
         budget = config.chunk.tokens
-        if budget and longest > budget:
+        if budget and budget != "auto" and longest > budget:
             log.warning(
                 "source %s: a sample of %d tokens is above chunk.tokens %d and goes alone",
                 name, longest, budget,

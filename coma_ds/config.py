@@ -194,11 +194,15 @@ class MatchConfig(Section):
 
 
 class ChunkConfig(Section):
-    """What goes through the model at a time: so many samples, and padded tokens, at most."""
+    """What goes through the model at a time: so many samples, and padded tokens, at most.
+
+    ``keep``, in stage 2: chunks whose graph stays in memory instead of a replay.  ``auto``: as the
+    memory allows that the first step finds.
+    """
 
     samples: int = Field(64, ge=1)
-    tokens: int | None = Field(None, ge=1)
-    keep: int = Field(0, ge=0)  # match: chunks whose graph stays in memory instead of a replay
+    tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    keep: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -6,12 +6,14 @@ import ctypes
 import logging
 import os
 import resource
+from pathlib import Path
 
 import torch
 
 log = logging.getLogger("coma_ds")
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
+CGROUP = Path("/sys/fs/cgroup")
 SLOW = "this CPU has no fast bf16: precision=fp32 takes a fraction of the time"
 
 
@@ -33,14 +35,18 @@ def memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def ranks_here() -> int:
+    """Ranks of this job on this machine, as the launcher said."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def share_threads() -> None:
     """Divide the cores that this job may use among the ranks of the machine.
 
     ``OMP_NUM_THREADS``, where it is set, is what each rank takes instead.
     """
     told = os.environ.get("OMP_NUM_THREADS", "")
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
-    fair = len(os.sched_getaffinity(0)) // int(ranks)
+    fair = len(os.sched_getaffinity(0)) // ranks_here()
     torch.set_num_threads(max(1, int(told) if told.isdigit() else fair))
 
 
@@ -58,3 +64,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TOP_PAD, 2**28)
     except (OSError, AttributeError):  # another C library
         log.debug("no mallopt here")
+
+
+def available_memory() -> float:
+    """Bytes that processes may still take on this machine, or in this container."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    machine = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        return float(min(machine, limit - int((CGROUP / "memory.current").read_text())))
+    except (OSError, ValueError):  # no such file, or "max"
+        return float(machine)

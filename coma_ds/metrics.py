@@ -29,6 +29,8 @@ RETRY = 60.0  # seconds
 SPEED = (
     "samples_per_second",
     "tokens_per_second",
+    "tflops_per_second",
+    "executed_per_needed",
     "data_wait_percent",
     "memory_mib",
     "training_seconds",

@@ -79,10 +79,13 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     low, high = images.size["shortest_edge"] // unit, images.size["longest_edge"] // unit
     batch, chunk = config.optim.batch_size, config.chunk
     budget = f"{chunk.samples} samples"
-    if chunk.tokens:
+    if chunk.tokens == "auto":
+        budget += " and as many tokens as fit (measured at the first step)"
+    elif chunk.tokens:
         budget = f"{chunk.tokens} tokens and {budget}"
     if chunk.keep and config.objective == "match":
-        budget += f", the graphs of {chunk.keep} kept"
+        kept = "as many graphs as fit" if chunk.keep == "auto" else f"the graphs of {chunk.keep}"
+        budget += f", {kept} kept"
     path = describe_arithmetic(backbone.arithmetic, config.precision, engine.device)
     rule = "rule off: the dialogue sees the image" if config.compress.visible else "rule on"
     attention = ATTENTION[backbone.carrier]

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from coma_ds import comm, run_folder
-from coma_ds.assemble import TrainingData
+from coma_ds.assemble import TrainingData, export_run
 from coma_ds.assessment import (
     bottleneck_questions,
     evaluate_bottleneck,
@@ -24,25 +24,26 @@ from coma_ds.assessment import (
     load_tasks,
 )
 from coma_ds.batch import Batch
+from coma_ds.budget import remember, settle
 from coma_ds.checkpoint import Checkpoints, Published, load_checkpoint
 from coma_ds.config import RunConfig, dump
 from coma_ds.data.collate import Collator
 from coma_ds.data.processing import Processing
 from coma_ds.data.replacements import Replacements
 from coma_ds.displays import Displays, bottleneck_table, curves, result_tags
-from coma_ds.engine import Engine, StepResult, full_parameters
+from coma_ds.engine import Engine, StepResult
 from coma_ds.evaluation import format_table, write_results
 from coma_ds.guard import SKIPPED_FILE, Guard
 from coma_ds.hardware import memory_mib
 from coma_ds.manifest import read_manifest
 from coma_ds.metrics import Monitor, flatten, keep_before
-from coma_ds.model.card import model_card
-from coma_ds.model.export import export_model
 from coma_ds.ownership import owns
 from coma_ds.report import describe_run
 from coma_ds.screen import log_to_stderr
+from coma_ds.step import Budget
 from coma_ds.stopping import CONTROL, Finished, Request, Requests, Stopped
 from coma_ds.stragglers import OwnTime
+from coma_ds.throughput import Throughput
 
 log = logging.getLogger("coma_ds")
 
@@ -68,6 +69,9 @@ class Run:
         self.main = comm.rank() == 0
         self.seconds = 0.0  # of training, without evaluation and saving
         self.monitor: Monitor | None = None
+        self.throughput: Throughput | None = None
+        self.budget: Budget | None = None  # None: not settled yet
+        self._known_budget: dict | None = None  # of the run that this one goes on with
         self.own_time: OwnTime | None = None  # of this rank in a step that compares the ranks
         self.bar: tqdm | None = None
         self.replacements = Replacements(config.data.bad_rows)
@@ -90,6 +94,7 @@ class Run:
 
     def report_start(self, engine: Engine, data: TrainingData, source: str) -> None:
         """The start-up report."""
+        self.throughput = Throughput(engine.model, self.config)
         for line in describe_run(self.config, engine, data, source):
             log.info("%s", line)
 
@@ -153,6 +158,7 @@ class Run:
         comm.decide(lambda: run_folder.go_back(self.folder, step if own else -1))
         state = json.loads((path / STATE).read_text())
         self.seconds = state["seconds"]
+        self._known_budget = state.get("budget")
         self.guard.load(state["guard"])
         self.replacements.load(state["replaced_rows"])
         log.info("resumed %s: step %d of %d", path, step, config.optim.steps)
@@ -165,6 +171,13 @@ class Run:
 
     def _lost(self) -> Stopped:
         return Stopped(Request.YIELD, f"{self.folder} is owned by a newer start of this run")
+
+    def settled_budget(self, engine: Engine, objective, batch: Batch) -> Budget:
+        """How the batches of this run are cut into chunks; the first call may measure."""
+        if self.budget is None:
+            chunk = self.config.chunk
+            self.budget = settle(engine, objective, batch, chunk, self._known_budget)
+        return self.budget
 
     def guarded_step(
         self, engine: Engine, data: TrainingData, step: int, loss: float
@@ -184,6 +197,8 @@ class Run:
     def timed(self, engine: Engine, step: int) -> AbstractContextManager:
         """Around the forwards of a step: times them where the ranks are compared."""
         self.own_time = None
+        if self.throughput:
+            self.throughput.begin()
         if (step + 1) % (self.config.logging.every * RANKS_COMPARED) or not comm.is_parallel():
             return nullcontext()
         self.own_time = OwnTime(engine.device)
@@ -234,6 +249,8 @@ class Run:
             "memory_mib": memory_mib(),
             "training_seconds": self.seconds,
         }
+        if self.throughput:
+            values |= self.throughput.values(batch, took)
         if self.own_time is not None:
             values |= self.own_time.compare(waited)
         if config.data.bad_rows:
@@ -261,6 +278,8 @@ class Run:
         self._tell(self.checkpoints.settle())
         remembered = {"guard": self.guard, "replaced_rows": self.replacements}
         state = {"seconds": self.seconds} | {k: v.state() for k, v in remembered.items()}
+        if self.budget:
+            state["budget"] = remember(self.budget)
         extra = {STATE: json.dumps(state), run_folder.CONFIG: dump(self.config)}
         metric = self.values.get(self.config.checkpoint.best) if self.evaluated == done else None
         problem = self.checkpoints.save(engine, done, extra=extra, metric=metric)
@@ -371,27 +390,3 @@ class Run:
         if self.replacements.replaced:
             log.warning("%s", self.replacements)
         log.info("done: %s (%.0f s of training)", self.folder, self.seconds)
-
-
-def export_run(
-    config: RunConfig, engine: Engine, processing: Processing, folder: Path, step: int
-) -> None:
-    """Write the model of a run, as it is after ``step`` steps; every rank takes part.
-
-    Raises ``ValueError`` on every rank when it cannot be written.
-    """
-    problem = ""
-    try:
-        export_model(
-            engine.model,
-            processing,
-            folder,
-            whole=full_parameters,
-            main=comm.rank() == 0,
-            card=model_card(config, step),
-            extras={"objective": config.objective, "recipe": config.recipe, "step": step},
-        )
-    except ValueError as error:
-        problem = str(error)
-    if found := [problem for problem in comm.all_objects(problem) if problem]:
-        raise ValueError(found[0])

@@ -10,6 +10,7 @@ Shapes: B own samples, E embedding width, F image tokens of the step, S feature 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,6 +22,17 @@ from coma_ds.config import ChunkConfig
 TOWER = 2**31  # the chunk number of the tower, for its random state
 
 
+@dataclass(frozen=True)
+class Budget:
+    """A ``ChunkConfig`` without ``auto``.  ``keep_tokens``: as many chunks keep their graph as hold
+    so many padded tokens together; None: ``keep`` of them do."""
+
+    samples: int
+    tokens: int | None
+    keep: int
+    keep_tokens: int | None = None
+
+
 def seed_chunk(seed: int, step: int, chunk: int, rank: int | None = None) -> None:
     """Set every device's random state from (seed, step, rank, chunk): it can be replayed."""
     rank = comm.rank() if rank is None else rank
@@ -28,7 +40,7 @@ def seed_chunk(seed: int, step: int, chunk: int, rank: int | None = None) -> Non
     torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
 
 
-def plan_chunks(batch: Batch, config: ChunkConfig, wanted: int | None = None):
+def plan_chunks(batch: Batch, config: ChunkConfig | Budget, wanted: int | None = None):
     """Groups of sample indices (int64 each), the longest samples first, as many on every rank.
 
     A group holds at most ``config.samples`` samples, and at most ``config.tokens`` padded tokens
@@ -56,12 +68,27 @@ def plan_chunks(batch: Batch, config: ChunkConfig, wanted: int | None = None):
     return [order[a:b] for a, b in cuts]
 
 
+def kept_chunks(parts: list[Batch], config: ChunkConfig | Budget, device) -> int:
+    """How many chunks keep their graph: the last ones, which are the smallest, on every rank."""
+    if getattr(config, "keep_tokens", None) is None:
+        return config.keep
+    left, count = config.keep_tokens, 0
+    for part in reversed(parts):
+        left -= len(part) * int(part.sizes_B.max())
+        if left < 0:
+            break
+        count += 1
+    return -comm.all_max(-count, device)
+
+
 def _or_first(group: torch.Tensor) -> torch.Tensor:
     """A group to run: an empty one runs sample 0, with weight zero."""
     return group if len(group) else torch.zeros(1, dtype=torch.int64)
 
 
-def accumulate(engine, objective, batch: Batch, config: ChunkConfig, *, seed: int, step: int):
+def accumulate(
+    engine, objective, batch: Batch, config: ChunkConfig | Budget, *, seed: int, step: int
+):
     """Gradients of sum(loss of samples) / sum(weight), both over all chunks and ranks.
 
     The report: means over the weight of what the objective sums.  Raises ``ValueError`` when no
@@ -97,12 +124,14 @@ def accumulate(engine, objective, batch: Batch, config: ChunkConfig, *, seed: in
     return dict(zip(sums, means.tolist()))
 
 
-def grad_cache(engine, objective, batch: Batch, config: ChunkConfig, *, seed: int, step: int):
+def grad_cache(
+    engine, objective, batch: Batch, config: ChunkConfig | Budget, *, seed: int, step: int
+):
     """Gradients of a loss over the whole gathered batch, a few chunks in memory at a time.
 
-    1. Images through the tower, once.  2. Every chunk without a graph: embeddings; the last
-    ``config.keep`` ones with their graph, which they keep.  3. The loss over all embeddings, and
-    its gradient at each of them.  4. Backward of (embeddings * gradient).sum() for every chunk:
+    1. Images through the tower, once.  2. Every chunk without a graph: embeddings; the last ones,
+    as many as ``config`` keeps, with their graph, which stays.  3. The loss over all embeddings,
+    and its gradient at each of them.  4. Backward of (embeddings * gradient).sum() for every chunk:
     those that were kept, then the others, which run again with their graph and the same random
     state.  A trained tower is a second level of the same: its features collect a gradient over the
     chunks, and the last replay runs it once more and reads what it gives; the first part of the
@@ -112,7 +141,8 @@ def grad_cache(engine, objective, batch: Batch, config: ChunkConfig, *, seed: in
     groups = plan_chunks(batch, config)
     parts = batch.split([_or_first(g) for g in groups])
     trained = engine.model.vision_is_trained
-    replays = min(len(parts), max(len(parts) - config.keep, 2 * int(trained)))
+    keep = kept_chunks(parts, config, engine.device)
+    replays = min(len(parts), max(len(parts) - keep, 2 * int(trained)))
     with torch.no_grad():
         seed_chunk(seed, step, TOWER)
         features = engine(lambda m: m.embed_images(batch.images))

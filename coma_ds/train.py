@@ -86,8 +86,9 @@ def main(argv: list[str]) -> None:
         began = time.perf_counter()
         batch = next(batches).to(device)
         waited = time.perf_counter() - began
+        budget = run.settled_budget(trainer, objective, batch)
         with run.timed(trainer, step):
-            report = take_step(trainer, objective, batch, config.chunk, seed=config.seed, step=step)
+            report = take_step(trainer, objective, batch, budget, seed=config.seed, step=step)
         result = run.guarded_step(trainer, data, step, report["loss"])
         run.log(step, batch, report, result, waited, time.perf_counter() - began)
         if run.evaluation_is_due(step + 1):

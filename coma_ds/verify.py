@@ -9,7 +9,8 @@ import torch
 
 from coma_ds import comm
 from coma_ds.batch import Batch
-from coma_ds.config import ChunkConfig, RunConfig
+from coma_ds.budget import settle
+from coma_ds.config import RunConfig
 from coma_ds.step import accumulate, grad_cache
 
 log = logging.getLogger("coma_ds")
@@ -47,8 +48,8 @@ def verify_gradients(engine, objective, batch: Batch, config: RunConfig) -> dict
     matching = config.objective == "match"
     engine.eval()
     take_step = grad_cache if matching else accumulate
-    chunk: ChunkConfig = config.chunk
-    take_step(engine, objective, batch, chunk, seed=config.seed, step=0)
+    budget = settle(engine, objective, batch, config.chunk, None)
+    take_step(engine, objective, batch, budget, seed=config.seed, step=0)
     chunked = engine.gradients()
     engine.discard_gradients()
     plain_step(engine, objective, batch, matching=matching)

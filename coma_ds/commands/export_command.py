@@ -35,9 +35,9 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError(f"{output} is there already: name a new folder with --output")
 
     from coma_ds import comm, engine, hardware
-    from coma_ds.assemble import build_engine, build_processing
+    from coma_ds.assemble import build_engine, build_processing, export_run
     from coma_ds.checkpoint import Checkpoints, load_checkpoint
-    from coma_ds.run import export_run, log_to_stderr
+    from coma_ds.screen import log_to_stderr
 
     device = engine.start()
     hardware.share_threads()

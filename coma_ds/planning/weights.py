@@ -40,4 +40,4 @@ def count_weights(model) -> Weights:
 
 def numel(parameter) -> int:
     """Elements of a parameter, sharded or not."""
-    return parameter.dsnumel if hasattr(parameter, "ds_id") else parameter.numel()
+    return parameter.ds_numel if hasattr(parameter, "ds_id") else parameter.numel()

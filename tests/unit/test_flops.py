@@ -14,6 +14,7 @@ from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
 from coma_ds.planning.flops import ModelFlops
 from coma_ds.step import accumulate, grad_cache
+from coma_ds.throughput import Throughput
 from tests.distributed.cases import BUDGET, LORA, TOWER, UNTIED
 from tests.distributed.exact import Case
 from tests.tiny import PlainEngine, tiny_config
@@ -119,3 +120,23 @@ def test_what_was_taken_is_gone() -> None:
     taken = work.take()
     assert taken.text_rows == [4, 3] and taken.head_rows == [1, 0]
     assert work == Work() and taken.text_rows == [4, 3]
+
+
+@pytest.mark.parametrize("stage", ["match", "compress"])
+def test_what_a_run_reports_of_a_step(stage) -> None:
+    """Evaluations before the step do not count."""
+    case = Case("", stage=stage, images="all", chunk=TWO)
+    model, batch, config = case.build(arithmetic="matmul"), case.batch(0, 0), case.run_config
+    seen = Throughput(model, config)
+    with torch.no_grad():
+        model.embed_images(batch.images)
+    seen.begin()
+    take_step, objective = (
+        (grad_cache, Match(config.match)) if stage == "match" else
+        (accumulate, Compress(config.compress))
+    )  # fmt: skip
+    take_step(PlainEngine(model.train()), objective, batch, config.chunk, seed=0, step=0)
+    _, executed, needed = step(case)
+    values = seen.values(batch, 4.0)
+    assert values["tflops_per_second"] == pytest.approx(executed / 4e12)
+    assert values["executed_per_needed"] == pytest.approx(executed / needed)

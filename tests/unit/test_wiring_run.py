@@ -22,7 +22,7 @@ from coma_ds.data.records import Pair, Side
 from coma_ds.engine import StepResult
 from coma_ds.objectives.match import Match
 from coma_ds.run import Run
-from coma_ds.step import grad_cache
+from coma_ds.step import Budget, grad_cache
 from tests.distributed.exact import whole_parameters
 from tests.distributed.harness import run_world
 from tests.folders import base_folder
@@ -117,7 +117,7 @@ def test_loop(monkeypatch, tmp_path, quiet, folder, objective):
     ])  # fmt: skip
     name, kind = ("accumulate", "Compress") if objective == "compress" else ("grad_cache", "Match")
     size, pairs = (4, 0) if objective == "compress" else (8, 4)
-    chunk = config_of("chunk={samples: 3, tokens: 77}").chunk
+    chunk = Budget(samples=3, tokens=77, keep=0)
     assert steps == [(name, kind, size, pairs, chunk, 5, step) for step in range(5)]
     assert done == [("evaluate", 2), ("save", 3), ("evaluate", 4), ("save", 5), ("finish", 5)]
     assert [row[0] for row in logged] == list(range(5))
