@@ -62,6 +62,9 @@ class CutLayout:
         whole = self.layout(query, key, value, scale)
         return torch.where(self.dialogue, self.layout(query, *cut, scale), whole)
 
+    def pairs(self, *shape) -> int:
+        return self.layout.pairs(*shape)
+
 
 @contextmanager
 def cut_in_every_layer(patch: pytest.MonkeyPatch, batch: Batch, layers: int):
