@@ -10,6 +10,7 @@ from coma_ds.config import MatchConfig, RunConfig
 from coma_ds.engine import Engine
 from coma_ds.hardware import SLOW, has_fast_bf16
 from coma_ds.kernels.dispatch import outlook
+from coma_ds.model.liger import missing
 from coma_ds.model.varlen import CARRIERS, best_carrier
 from coma_ds.planning.weights import numel
 
@@ -103,6 +104,9 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         "compress": f"{config.compress.loss}{teacher} over answer tokens, logits in chunks, {rule}",
         "match": describe_loss(config.match, engine.device),
     }[config.objective]
+    kernels = model.kernels
+    if not kernels and engine.device.type == "cuda" and config.model.liger != "off":
+        kernels = f"Liger: not used, {missing(engine.device, config.precision)}"
     slow = ""
     if config.precision != "fp32" and not has_fast_bf16(engine.device.type):
         slow = f" ({SLOW})"
@@ -117,6 +121,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         f"({config.deepspeed}{', weights whole' if engine.keeps_weights_whole else ''}), "
         f"{config.precision}{slow}",
         f"attention  {attention}; {path}",
+        *([f"kernels    {kernels}"] if kernels else []),
         f"loss       {loss}",
         f"images     {low} to {high} image tokens each",
         f"batch      {batch} = {world} x {batch // world}, in chunks of at most {budget}",

@@ -35,7 +35,7 @@ FINISHED = ("model", RESULTS, "neighbours.json")
 FREE = (
     *("recipe", "output", "init_from", "deepspeed", "eval.", "checkpoint.", "logging.", "chunk."),
     *("data.root", "data.path", "data.image_root", "data.workers", "data.bad_rows"),
-    *("guard.", "model.path", "model.attention", "model.arithmetic"),
+    *("guard.", "model.path", "model.attention", "model.arithmetic", "model.liger"),
     "model.gradient_checkpointing",
 )
 _held: dict[str, int] = {}  # locks of this process, which may run one after the other in a folder

@@ -25,6 +25,7 @@ from hypothesis import settings  # noqa: E402
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
+    collect_ignore = ["gpu"]
 settings.register_profile("coma_ds", deadline=None, print_blob=True)
 settings.load_profile("coma_ds")
 

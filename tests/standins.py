@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -121,3 +121,73 @@ def install(monkeypatch, modules: dict[str, ModuleType]) -> None:
     """For the time of a test."""
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
+
+
+def liger_package() -> dict[str, ModuleType]:
+    """liger-kernel 0.8.5: the four of ``liger_kernel.transformers`` that are used."""
+    calls: dict[str, int] = dict.fromkeys(("norm", "mlp", "rope", "loss"), 0)
+
+    class LigerRMSNorm(torch.nn.Module):
+        def __init__(
+            self, hidden_size, eps=1e-6, offset=0.0, casting_mode="llama", init_fn="ones",
+            in_place=True, row_mode=None, elementwise_affine=True,
+        ):  # fmt: skip
+            super().__init__()
+            self.elementwise_affine = elementwise_affine
+            self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+            self.variance_epsilon, self.offset, self.casting_mode = eps, offset, casting_mode
+            self.in_place, self.row_mode = in_place, row_mode
+
+        def forward(self, hidden_states):
+            calls["norm"] += 1
+            assert (self.offset, self.casting_mode, self.in_place) == (0.0, "llama", False)
+            assert self.row_mode is None and self.elementwise_affine
+            wide = hidden_states.float()  # as the kernel does
+            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return (wide * scale).to(hidden_states.dtype) * self.weight
+
+    class LigerSwiGLUMLP(torch.nn.Module):
+        def forward(self, x):
+            calls["mlp"] += 1
+            gate = self.gate_proj(x)
+            return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+
+    def liger_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+        calls["rope"] += 1
+        half = q.shape[-1] // 2
+        assert cos.dim() == 3 and cos.shape[-1] == 2 * half
+        assert torch.equal(cos[..., :half], cos[..., half:])  # the kernel reads the first half
+
+        def turned(x):
+            a, b = x[..., :half], x[..., half:]
+            c, s = cos[:, None, :, :half], sin[:, None, :, :half]
+            return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+        return turned(q), turned(k)
+
+    class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
+        def __init__(
+            self, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
+            reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
+            use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False,
+        ):  # fmt: skip
+            super().__init__()
+            assert reduction == "sum" and accum_dtype == torch.float32 and return_token_accuracy
+
+        def forward(self, lin_weight, _input, target, bias=None):
+            calls["loss"] += 1
+            assert _input.dim() == 2 and lin_weight.shape[1] == _input.shape[1] and len(target)
+            logits = _input @ lin_weight.T
+            loss = (logits.logsumexp(-1) - logits[torch.arange(len(target)), target]).sum()
+            right = (logits.argmax(-1) == target).float().mean()
+            return SimpleNamespace(loss=loss, z_loss=None, token_accuracy=right)
+
+    outer, inner = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
+    for module in (outer, inner):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+    outer.__path__, outer.transformers = [], inner
+    inner.calls = calls
+    inner.LigerRMSNorm, inner.LigerSwiGLUMLP = LigerRMSNorm, LigerSwiGLUMLP
+    inner.liger_rotary_pos_emb = liger_rotary_pos_emb
+    inner.LigerFusedLinearCrossEntropyLoss = LigerFusedLinearCrossEntropyLoss
+    return {"liger_kernel": outer, "liger_kernel.transformers": inner}

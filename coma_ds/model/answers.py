@@ -5,6 +5,8 @@ Shapes: R answer rows, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,6 +32,7 @@ class AnswerHead(nn.Module):
         super().__init__()
         self.weight = weight_VD
         self.work = Work()
+        self.fused: Callable | None = None  # ``liger.FusedCrossEntropy``
 
     def _chunk(self, hidden_RD, labels_R, teacher_RD):
         logits_RV = _wide(F.linear(hidden_RD, self.weight))
@@ -59,6 +62,8 @@ class AnswerHead(nn.Module):
             self.work.add(graph=False, head_rows=len(teacher_RD))
         if len(hidden_RD) == 0:
             return _wide(F.linear(hidden_RD, self.weight)).sum(), labels_R.sum().float()
+        if self.fused is not None and teacher_RD is None and torch.is_grad_enabled():
+            return self.fused(hidden_RD, self.weight, labels_R)
         total, right = 0.0, 0
         teachers = teacher_RD.split(count) if teacher_RD is not None else None
         parts = zip(hidden_RD.split(count), labels_R.split(count))

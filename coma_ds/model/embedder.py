@@ -63,6 +63,7 @@ class CompressionModel(nn.Module):
         self.temperature = temperature
         self.bottleneck = bottleneck
         self.autocast = autocast
+        self.kernels = ""  # which fused ones stand in its modules, in words
         self.answers = AnswerHead(backbone.lm.lm_head.weight)
         self.answers.work = backbone.work
         if tokens is not None:

@@ -36,6 +36,8 @@ from coma_ds.hardware import SLOW, has_fast_bf16
 from coma_ds.model.adapters import add_adapter
 from coma_ds.model.backbone import Backbone
 from coma_ds.model.embedder import CompressionModel, Temperature
+from coma_ds.model.liger import apply_liger
+from coma_ds.model.liger import missing as missing_liger
 from coma_ds.model.pooling import Pooling
 from coma_ds.model.tokens import CompressionTokens
 from coma_ds.model.varlen import CARRIERS, best_carrier
@@ -296,6 +298,11 @@ def build_model(
         config.bottleneck,
         autocast=precision == "autocast",
     )
+    lack = "model.liger=off" if config.liger == "off" else missing_liger(device, precision)
+    if not lack:
+        model.kernels = f"Liger: {apply_liger(model)}"
+    elif config.liger == "on":
+        raise ValueError(f"model.liger is 'on', but Liger's kernels cannot be used: {lack}")
     if config.gradient_checkpointing and not matching:  # stage 2 has chunks for that
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_trainable(model, config, matching=matching)
@@ -319,6 +326,8 @@ def load_finished(
     plain = {"adapter": "none", "weights": "pretrained", "gradient_checkpointing": False}
     if config.arithmetic in PACKED_ARITHMETIC:  # it may have been trained elsewhere
         plain["arithmetic"] = "auto"
+    if config.liger == "on":
+        plain["liger"] = "auto"
     ids = processing.compression_ids
     model = build_model(
         config.model_copy(update=plain),

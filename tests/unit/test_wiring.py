@@ -259,6 +259,12 @@ def test_model(built, override):
     assert MODEL[override](built(override)[0])
 
 
+def test_liger_cannot_be_used_here(built):
+    with pytest.raises(ValueError, match=r"model\.liger is 'on', but Liger's kernels cannot be"):
+        built("model.liger=on")
+    assert built("model.liger=off")[0].kernels == ""
+
+
 def test_adapter(built):
     lora = "model.lora={rank: 3, alpha: 5, dropout: 0.25, targets: [up_proj]}"
     for kind in ("lora", "dora"):
