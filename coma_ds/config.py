@@ -82,7 +82,7 @@ class ModelConfig(Section):
     arithmetic: Literal[
         "auto", "sdpa", "matmul", "flash_attn", "flash_attn_4", "varlen", "flex"
     ] = "auto"
-    liger: Literal["auto", "on", "off"] = "auto"  # fused kernels, where installed and on a GPU
+    liger: bool | Literal["auto"] = "auto"  # fused kernels, where installed and on a GPU
     gradient_checkpointing: bool = False
     min_vision_tokens: int | None = Field(None, ge=1)  # None: what the processor says
     max_vision_tokens: int | None = Field(None, ge=1)

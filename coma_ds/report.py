@@ -105,7 +105,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         "match": describe_loss(config.match, engine.device),
     }[config.objective]
     kernels = model.kernels
-    if not kernels and engine.device.type == "cuda" and config.model.liger != "off":
+    if not kernels and engine.device.type == "cuda" and config.model.liger is not False:
         kernels = f"Liger: not used, {missing(engine.device, config.precision)}"
     slow = ""
     if config.precision != "fp32" and not has_fast_bf16(engine.device.type):

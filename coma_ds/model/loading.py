@@ -298,11 +298,11 @@ def build_model(
         config.bottleneck,
         autocast=precision == "autocast",
     )
-    lack = "model.liger=off" if config.liger == "off" else missing_liger(device, precision)
+    lack = "model.liger=false" if config.liger is False else missing_liger(device, precision)
     if not lack:
         model.kernels = f"Liger: {apply_liger(model)}"
-    elif config.liger == "on":
-        raise ValueError(f"model.liger is 'on', but Liger's kernels cannot be used: {lack}")
+    elif config.liger is True:
+        raise ValueError(f"model.liger is true, but Liger's kernels cannot be used: {lack}")
     if config.gradient_checkpointing and not matching:  # stage 2 has chunks for that
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_trainable(model, config, matching=matching)
@@ -326,7 +326,7 @@ def load_finished(
     plain = {"adapter": "none", "weights": "pretrained", "gradient_checkpointing": False}
     if config.arithmetic in PACKED_ARITHMETIC:  # it may have been trained elsewhere
         plain["arithmetic"] = "auto"
-    if config.liger == "on":
+    if config.liger is True:
         plain["liger"] = "auto"
     ids = processing.compression_ids
     model = build_model(

@@ -260,9 +260,9 @@ def test_model(built, override):
 
 
 def test_liger_cannot_be_used_here(built):
-    with pytest.raises(ValueError, match=r"model\.liger is 'on', but Liger's kernels cannot be"):
-        built("model.liger=on")
-    assert built("model.liger=off")[0].kernels == ""
+    with pytest.raises(ValueError, match=r"model\.liger is true, but Liger's kernels cannot be"):
+        built("model.liger=true")
+    assert built("model.liger=false")[0].kernels == ""
 
 
 def test_adapter(built):
