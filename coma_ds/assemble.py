@@ -25,6 +25,7 @@ from coma_ds.data.sampler import BatchOrder, LocalBatches, Sources
 from coma_ds.engine import Engine, full_parameters
 from coma_ds.mechanics import deepspeed_config
 from coma_ds.model.card import model_card
+from coma_ds.model.embedder import CompressionModel
 from coma_ds.model.export import export_model
 from coma_ds.model.loading import build_model, resolve_model
 from coma_ds.objectives.compress import Compress
@@ -167,14 +168,16 @@ def build_objective(config: RunConfig) -> Compress | Match:
     return Compress(config.compress) if config.objective == "compress" else Match(config.match)
 
 
-def build_engine(
-    config: RunConfig, source: str, processing: Processing, device: torch.device
-) -> Engine:
-    """The model on its shards, with its optimizer."""
-    mechanics = deepspeed_config(config)
-    stage = mechanics["zero_optimization"].get("stage", 0)
+def build_bare_model(
+    config: RunConfig,
+    source: str,
+    processing: Processing,
+    device: torch.device,
+    sharding: dict | None = None,
+) -> CompressionModel:
+    """The model alone, on the host unless it is sharded at once."""
     ids = processing.compression_ids
-    model = build_model(
+    return build_model(
         config.model,
         config.match,
         matching=config.objective == "match",
@@ -182,11 +185,21 @@ def build_engine(
         first_id=ids[0] if ids else 0,
         extras=processing.extras,
         precision=config.precision,
-        sharding=mechanics if stage == 3 else None,
+        sharding=sharding,
         whole=full_parameters,
         seed=config.seed,
         device=device,
     )
+
+
+def build_engine(
+    config: RunConfig, source: str, processing: Processing, device: torch.device
+) -> Engine:
+    """The model on its shards, with its optimizer."""
+    mechanics = deepspeed_config(config)
+    stage = mechanics["zero_optimization"].get("stage", 0)
+    sharding = mechanics if stage == 3 else None
+    model = build_bare_model(config, source, processing, device, sharding)
     if stage < 3:
         model.to(device)
     return Engine(model, build_optimizer(model, config.optim), config, device)

@@ -1,0 +1,1 @@
+"""What a whole step costs, beside what others take for it."""
