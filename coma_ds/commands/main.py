@@ -12,6 +12,7 @@ from coma_ds.commands import (
     evaluate_command,
     export_command,
     preflight_command,
+    synthesize_command,
     train_command,
 )
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "train": train_command,
     "evaluate": evaluate_command,
     "encode": encode_command,
+    "synthesize": synthesize_command,
     "export": export_command,
     "config": config_command,
     "preflight": preflight_command,
