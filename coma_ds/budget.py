@@ -63,7 +63,7 @@ def settle(engine, objective, batch: Batch, config: ChunkConfig, known: dict | N
     """
     if "auto" not in (config.tokens, config.keep):
         return Budget(config.samples, config.tokens, config.keep)
-    if known and known["world"] == comm.world_size():
+    if known and known == remember(Budget(**known["budget"]), config):
         found = Budget(**known["budget"])
         log.info("chunks as before: %s", describe(found))
         return found
@@ -83,9 +83,9 @@ def settle(engine, objective, batch: Batch, config: ChunkConfig, known: dict | N
     return found
 
 
-def remember(budget: Budget) -> dict:
-    """For ``settle``, as JSON values."""
-    return {"world": comm.world_size(), "budget": asdict(budget)}
+def remember(budget: Budget, config: ChunkConfig) -> dict:
+    """For ``settle``, as JSON values: with other settings, or ranks, it is measured anew."""
+    return {"world": comm.world_size(), "chunk": config.model_dump(), "budget": asdict(budget)}
 
 
 def describe(budget: Budget) -> str:

@@ -248,8 +248,8 @@ class CheckpointConfig(Section):
     resume: str = "auto"  # auto | none | a checkpoint folder
     keep_last: int = Field(2, ge=0)  # 0: all
     keep_every: int = Field(0, ge=0)  # those of steps that it divides stay as well; 0: none
-    # An evaluated value (group/All, the name of a set, KIND/tokens in stage 1): the checkpoint
-    # where it was highest stays as well.
+    # An evaluated value (group/All, the name of a set, KIND/tokens in stage 1): every evaluated
+    # step is saved too, and the checkpoint where it was highest stays.
     best: str = ""
 
 

@@ -40,6 +40,7 @@ def entry_point(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     """
     code, message = 0, ""
     rank = int(os.environ.get("RANK", 0))
+    rank_report.reserve()
     try:
         main(argv)
     except KeyboardInterrupt:

@@ -15,12 +15,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = "COMA_DS_RANK_REPORTS"
 # Codes of a run that ended as it was asked to: stopped, taken over, held (``coma_ds.stopping``).
 AS_ASKED = (85, 86, 87)
+RESERVED = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,41 @@ class RankReport:
     time: float  # seconds since the epoch
 
 
+def reserve() -> None:
+    """Take the room of this rank's report, if a folder is named, while there is some."""
+    if partial := _partial():
+        with suppress(OSError):
+            partial.write_text(" " * RESERVED)
+
+
 def write_report(code: int, message: str) -> bool:
-    """Leave this rank's report, if a folder is named; True when it is there."""
-    folder = os.environ.get(FOLDER)
-    if not folder or not os.path.isdir(folder):
+    """Leave this rank's report, if a folder is named; True when it is there.
+
+    A disk that is full by now has what ``reserve`` took.
+    """
+    partial = _partial()
+    if not partial:
         return False
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    report = RankReport(rank, world, code, message, time.time())
-    partial = Path(folder, f"{rank}.tmp")
-    partial.write_text(json.dumps(asdict(report)))
-    partial.replace(Path(folder, f"{rank}.json"))
-    return True
+    for said in (message, message[: RESERVED // 8]):
+        report = RankReport(rank, world, code, said, time.time())
+        try:
+            with partial.open("r+" if partial.exists() else "w") as file:
+                file.write(json.dumps(asdict(report)).ljust(RESERVED))
+                file.truncate()
+            partial.replace(partial.with_suffix(".json"))
+            return True
+        except OSError as error:
+            problem = error
+    sys.stderr.write(f"{partial.parent}: this rank's end cannot be written ({problem})\n")
+    return False
+
+
+def _partial() -> Path | None:
+    folder = os.environ.get(FOLDER)
+    if not folder or not os.path.isdir(folder):
+        return None
+    return Path(folder, f"{int(os.environ.get('RANK', 0))}.tmp")
 
 
 def read_reports(folder: Path) -> list[RankReport]:

@@ -268,10 +268,12 @@ class Run:
         return self.keep and bool(every) and done % every == 0 and done < self.config.optim.steps
 
     def checkpoint_is_due(self, done: int) -> bool:
-        """True after the steps that ``checkpoint.every`` says, and after the last one."""
+        """True after the steps that ``checkpoint.every`` says, after the last one, and where
+        ``checkpoint.best`` has been measured."""
         every = self.config.checkpoint.every
         last = done == self.config.optim.steps
-        return self.keep and bool(every) and (done % every == 0 or last)
+        measured = bool(self.config.checkpoint.best) and self.evaluated == done
+        return self.keep and bool(every) and (done % every == 0 or last or measured)
 
     def save(self, engine: Engine, done: int) -> bool:
         """Write a checkpoint, which is published beside the training; False where it failed."""
@@ -279,7 +281,7 @@ class Run:
         remembered = {"guard": self.guard, "replaced_rows": self.replacements}
         state = {"seconds": self.seconds} | {k: v.state() for k, v in remembered.items()}
         if self.budget:
-            state["budget"] = remember(self.budget)
+            state["budget"] = remember(self.budget, self.config.chunk)
         extra = {STATE: json.dumps(state), run_folder.CONFIG: dump(self.config)}
         metric = self.values.get(self.config.checkpoint.best) if self.evaluated == done else None
         problem = self.checkpoints.save(engine, done, extra=extra, metric=metric)

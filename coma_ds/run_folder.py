@@ -187,8 +187,9 @@ def settled(config: RunConfig) -> RunConfig:
     starts it again it goes on from its own checkpoints.
     """
     resume, folder = config.checkpoint.resume, Path(config.output) / "checkpoints"
-    # one that it was sent back to is not its own
-    own = [path for path in published(folder) if path.resolve() != Path(resume).resolve()]
+    own, given = published(folder), Path(resume).resolve()
+    if given.parent == folder.resolve():  # what it was sent back to, and all before that, is not
+        own = [path for path in own if path.name > given.name]
     if resume != "auto" and this_start(Path(config.output)).began and own:
         log.warning("checkpoint.resume=%s was for the first start of this job", resume)
         resume = "auto"

@@ -17,6 +17,7 @@ from types import FrameType
 import torch
 
 from coma_ds import comm
+from coma_ds.disk import room
 from coma_ds.manifest import write_atomically
 
 log = logging.getLogger("coma_ds")
@@ -113,12 +114,16 @@ class Requests:
 
     def announce(self, step: int, *, gained: bool = True) -> None:
         """Tell the job script which step is published, and whether this start has ``gained`` it; a
-        job without such a folder is not told."""
-        if self._job and self._job.is_dir():
-            write_atomically(self._job / "published", f"{step}\n")
+        job without such a folder is not told, nor is one whose disk is full."""
+        if not self._job or not self._job.is_dir():
+            return
+        try:
             if gained:
                 with (self._job / "gained").open("a") as file:
                     file.write(f"{os.environ.get('SLURM_RESTART_COUNT', 0)}\n")
+            write_atomically(self._job / "published", f"{step}\n")
+        except OSError as error:
+            log.warning("the job is not told of step %d: %s, %s", step, error, room(self._job))
 
 
 def check_not_held(folder: Path) -> None:

@@ -56,8 +56,9 @@ if [[ -n ${COMA_MODULES:-} ]]; then
     set +u # the module function of many sites reads what is not set
     # shellcheck source=/dev/null
     type module >/dev/null 2>&1 || source /etc/profile
+    type module >/dev/null 2>&1 || fail "COMA_MODULES is '$COMA_MODULES': this node has no command 'module'"
     # shellcheck disable=SC2086
-    module load $COMA_MODULES
+    module load $COMA_MODULES || fail "COMA_MODULES is '$COMA_MODULES': it cannot be loaded"
     set -u
 fi
 if [[ -z ${COMA_PYTHON:-} ]]; then
@@ -171,9 +172,11 @@ record() { # what this job is made of
     (umask 077 && : >"$target")
     while IFS='=' read -r -d '' name value; do
         case ${name^^} in
-        *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *AUTH*) value='***' ;;
+        *KEY* | *TOKEN* | *SECRET* | *PASS* | *_PWD | *CREDENTIAL* | *AUTH* | *JWT* | *_PAT | *COOKIE*)
+            printf '%s=***\n' "$name"
+            ;;
+        *) printf '%s=%q\n' "$name" "$value" ;;
         esac
-        printf '%s=%q\n' "$name" "$value"
     done < <(env -0) | sed -E 's#(://)[^/@]*@#\1***@#g' | sort >"$target"
 }
 
@@ -262,7 +265,10 @@ requeue() { # REASON
     fi
     say "requeued, restart $((restarts + 1)) of at most $COMA_MAX_RESTARTS: $1"
     trap '' TERM USR1
-    scontrol requeue "$job_id"
+    scontrol requeue "$job_id" || {
+        say 'not started again: SLURM refused the requeue'
+        return 1
+    }
 }
 
 # Starts in a row, this one included, in which no step was published.

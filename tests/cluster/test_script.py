@@ -48,8 +48,10 @@ def submitted(root: Path, jobs: Jobs, cluster: VirtualCluster):
     itself = int(said.removeprefix("Submitted batch job "))
     yield {
         "itself": Job(cluster, jobs.shared, "itself", itself, jobs.shared / "itself"),
-        "well": submit("well", "well", "--nodes=2", TEST_SECRET=SECRET, SITE_URL=f"https://me:{SECRET}@x/y"),
+        "well": submit("well", "well", "--nodes=2", TEST_SECRET=SECRET, MY_PWD=SECRET, SITE_URL=f"https://me:{SECRET}@x/y"),
         "user": submit("user", "user's error"),
+        "modules": submit("modules", "well", COMA_MODULES="none-such"),
+        "refused": submit("refused", "well", "--no-requeue", steps="--steps=60"),
         "fault": submit("fault", "fault"),
         "limit": submit("limit", "fault after a step", steps=LONG),
         "held": submit("held", "held"),
@@ -83,7 +85,7 @@ def ask_to_stop(job: Job, task: str = "") -> None:
 
 def test_stopped_jobs_come_back_and_end(submitted):
     """Asked first of all, while the others run."""
-    for name in ("stop", "hang"):
+    for name in ("stop", "hang", "refused"):
         ask_to_stop(submitted[name])
     ask_to_stop(submitted["array"], task="_1")  # the one with the number of the whole
     for name in ("killed", "killed deepspeed"):
@@ -124,7 +126,7 @@ def test_what_is_kept_of_a_job(submitted, jobs):
     assert (job.control / "commit.txt").read_text() == f"no git at {package}\n"
     environment = (job.control / "environment.txt").read_text()
     assert "\nCOMA_LAUNCHER=torchrun\n" in environment
-    assert "TEST_API_KEY=" in environment and "TEST_SECRET=" in environment
+    assert "TEST_API_KEY=" in environment and "TEST_SECRET=***\n" in environment
     assert SECRET not in environment and "not to be seen" not in environment
     assert (job.control / "environment.txt").stat().st_mode & 0o077 == 0
 
@@ -146,6 +148,17 @@ def test_a_users_error_is_said_and_not_tried_again(submitted):
     job = submitted["user"]
     assert ended(job) == ("FAILED", "2", 0)
     assert job.log.splitlines()[-1] == "error: unknown key"
+
+
+def test_a_node_without_modules(submitted):
+    assert ended(submitted["modules"])[:2] == ("FAILED", "2")
+    words = "job: error: COMA_MODULES is 'none-such': this node has no command 'module'\n"
+    assert submitted["modules"].log.endswith(words)
+
+
+def test_a_requeue_that_slurm_refuses_is_said(submitted):
+    assert ended(submitted["refused"]) == ("FAILED", "85", 0)
+    assert submitted["refused"].log.endswith("job: not started again: SLURM refused the requeue\n")
 
 
 def test_a_fault_without_a_step_is_not_tried_again(submitted):

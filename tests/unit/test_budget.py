@@ -54,15 +54,19 @@ def test_without_auto_nothing_is_measured() -> None:
 
 
 def test_a_run_that_goes_on_keeps_its_budget(monkeypatch, caplog) -> None:
-    """In a world of the same size; another one has other memory."""
-    known = remember(Budget(64, 512, 0, 1024))
+    """In a world of the same size, with the same settings: what is told anew counts."""
+    known = remember(Budget(64, 512, 0, 1024), auto(keep="auto"))
     with caplog.at_level(logging.INFO, "coma_ds"):
         assert settle(None, None, None, auto(keep="auto"), known) == Budget(64, 512, 0, 1024)
     assert "chunks as before: at most 64 samples and 512 tokens, graphs of 1024" in caplog.text
     batch = make_batch([{"text": 3}, {"text": 9}])
     monkeypatch.setattr(module, "measure", lambda *_: (KB, 10e6))
-    other = settle(PlainEngine(None), None, batch, auto(), known | {"world": 2})
-    assert other == Budget(64, 3840, 0)
+    for config, before, wanted in (
+        (auto(keep="auto"), known | {"world": 2}, Budget(64, 3840, 0, 256)),
+        (auto(), known, Budget(64, 3840, 0)),  # it was told to keep none
+        (auto(samples=2, keep="auto"), known, Budget(2, 3840, 0, 256)),
+    ):
+        assert settle(PlainEngine(None), None, batch, config, before) == wanted
 
 
 def test_the_probe_is_the_longest_samples(monkeypatch) -> None:

@@ -78,16 +78,17 @@ class TestAJobThatIsStartedAgain:
         assert names(folder / "checkpoints-2") == [3, 2]
 
     def test_goes_back_again_until_it_has_a_checkpoint_of_its_own(self, tmp_path, monkeypatch):
-        """The one that it was sent back to is of the run before, of another config."""
+        """The one that it was sent back to and those before it are of another config."""
         folder = tmp_path / "run"
-        (earlier, _) = put(folder, 1, 3)
+        (_, earlier, _) = put(folder, 1, 2, 4)
         how = [f"checkpoint.resume={earlier}", "seed=7"]
         for restart in (0, 1):
             monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-            assert begin(folder, *how)[0] == 1
-        put_checkpoint(folder, 2, config(folder, "seed=7"))
+            assert begin(folder, *how)[0] == 2
+            assert names(folder / "checkpoints") == [2, 1]
+        put_checkpoint(folder, 3, config(folder, "seed=7"))
         monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-        assert begin(folder, *how)[0] == 2
+        assert begin(folder, *how)[0] == 3
 
     @pytest.mark.parametrize("resume", ["none", "path"])
     def test_takes_it_again_where_it_had_none(self, tmp_path, monkeypatch, resume):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,68 @@ def test_without_a_folder_nothing_is_reported(tmp_path, monkeypatch):
     assert not rank_report.write_report(85, "")
     monkeypatch.setenv(rank_report.FOLDER, str(tmp_path / "absent"))
     assert not rank_report.write_report(85, "")
+
+
+class TestAFullDisk:
+    """What was reserved at the start has room for the end."""
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(rank_report.FOLDER, str(tmp_path))
+        return tmp_path
+
+    def test_the_end_is_written_in_its_place(self, folder):
+        rank_report.reserve()
+        (partial,) = folder.iterdir()
+        place, size = partial.stat().st_ino, partial.stat().st_size
+        assert size == rank_report.RESERVED and rank_report.read_reports(folder) == []
+        assert rank_report.write_report(85, "stopped")
+        (whole,) = folder.iterdir()
+        assert (whole.stat().st_ino, whole.stat().st_size) == (place, size)
+        (report,) = rank_report.read_reports(folder)
+        assert (report.code, report.message) == (85, "stopped")
+
+    def test_a_long_message_loses_its_end(self, folder, monkeypatch):
+        rank_report.reserve()
+        write = io.TextIOWrapper.write
+
+        def no_more_than_reserved(file, text):
+            if len(text) > rank_report.RESERVED:
+                raise OSError(28, "No space left on device")
+            return write(file, text)
+
+        opened = Path.open
+        monkeypatch.setattr(Path, "open", lambda path, *mode: Narrow(opened(path, *mode)))
+
+        class Narrow:
+            def __init__(self, file) -> None:
+                self.file = file
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error) -> None:
+                self.file.close()
+
+            def write(self, text: str) -> None:
+                no_more_than_reserved(self.file, text)
+
+            def truncate(self) -> None:
+                self.file.truncate()
+
+        assert rank_report.write_report(2, "x" * 9000)
+        monkeypatch.undo()
+        (report,) = rank_report.read_reports(folder)
+        assert report.code == 2 and report.message == "x" * (rank_report.RESERVED // 8)
+
+    def test_without_any_room(self, folder, monkeypatch, capsys):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "open", full)
+        rank_report.reserve()
+        assert rank_report.write_report(0, "") is False
+        said = capsys.readouterr().err
+        assert said == (
+            f"{folder}: this rank's end cannot be written ([Errno 28] No space left on device)\n"
+        )

@@ -66,6 +66,16 @@ class TestRequests:
         assert (job / "published").read_text() == "17\n"
         assert (job / "gained").read_text() == "0\n"
 
+    def test_a_job_folder_on_a_full_disk(self, tmp_path, job, monkeypatch, caplog):
+        """It costs what the job would have been told, not the checkpoint."""
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("coma_ds.stopping.write_atomically", full)
+        Requests(tmp_path, lambda: True).announce(3)
+        assert "the job is not told of step 3: [Errno 28] No space left" in caplog.text
+
     def test_a_job_folder_that_is_gone(self, tmp_path, job):
         job.rmdir()
         requests = Requests(tmp_path, lambda: True)

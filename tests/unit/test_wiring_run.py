@@ -166,6 +166,17 @@ class TestRun:
         assert [first["training_seconds"], second["training_seconds"]] == [2, 4]
         assert [first["truncated"], second["truncated"]] == [1, 3]
 
+    def test_where_the_best_is_measured_it_is_saved(self, start):
+        asked = ("eval.every=3", "checkpoint.every=2", "optim.steps=9")
+        for best, wanted in (("checkpoint.best=All", [2, 3, 4, 6, 8, 9]), (None, [2, 4, 6, 8, 9])):
+            run, due = start(*asked, *([best] if best else [])), []
+            for done in range(1, 10):
+                if run.evaluation_is_due(done):
+                    run.evaluated = done
+                if run.checkpoint_is_due(done):
+                    due.append(done)
+            assert due == wanted
+
     def test_every(self, start):
         run = start("logging.every=3", "optim.steps=8")
         for step in range(8):
