@@ -12,6 +12,7 @@ from coma_ds.commands import (
     evaluate_command,
     export_command,
     preflight_command,
+    prepare_command,
     synthesize_command,
     train_command,
 )
@@ -23,6 +24,7 @@ COMMANDS = {
     "synthesize": synthesize_command,
     "export": export_command,
     "config": config_command,
+    "prepare": prepare_command,
     "preflight": preflight_command,
 }
 
@@ -58,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse loses what stands after an option
-    if args.command in ("train", "config", "preflight"):
+    if args.command in ("train", "config", "prepare", "preflight"):
         late = [word for word in rest if "=" in word and not word.startswith("-")]
         args.overrides += late
         rest = [word for word in rest if word not in late]

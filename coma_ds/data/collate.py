@@ -105,7 +105,7 @@ class Collator:
             if isinstance(record, Dialogue):
                 return Ready([self._dialogue(record, False)])
             sides = (record.query, record.target, *record.negatives)
-            return Ready([self._side(side) for side in sides], record.task_id())
+            return Ready([self.side(side) for side in sides], record.task_id())
 
     def pack(self, ready: Sequence[Ready]) -> Batch:
         """One batch of records: of pairs the queries, then the targets, then all negatives."""
@@ -124,7 +124,7 @@ class Collator:
 
     def sides(self, sides: Sequence[Side]) -> Batch:
         """Any sides as samples that end with the K tokens."""
-        return self._pack([self._side(side) for side in sides])
+        return self._pack([self.side(side) for side in sides])
 
     def dialogues(self, dialogues: Sequence[Dialogue], *, prompt_only: bool = False) -> Batch:
         """Dialogues as samples; with ``prompt_only`` each ends where its last answer begins.
@@ -146,7 +146,8 @@ class Collator:
         count = grid[0] * grid[1] * grid[2] // p.merge
         return [p.vision_start, *[p.image_id] * count, p.vision_end]
 
-    def _side(self, side: Side) -> Sample:
+    def side(self, side: Side) -> Sample:
+        """One side as a sample that ends with the K tokens."""
         p, grids, pixels = self.processing, [], []
         pictures = iter(side.images)
         texts = IMAGE_MARK.split(side.text)

@@ -27,7 +27,7 @@ FLOORS = {
     "screen": 1,
     **dict.fromkeys(("data", "model", "evaluation", "optim", "metrics"), 2),
     **dict.fromkeys(("inference", "embedder", "bulk", "displays", "assessment"), 2),
-    "synthesis": 2,
+    **dict.fromkeys(("synthesis", "preparation"), 2),
     "bench": 5,
     **dict.fromkeys(("engine", "mechanics", "checkpoint", "planning", "throughput"), 3),
     **dict.fromkeys(("step", "budget", "objectives", "verify", "assemble", "checks", "report"), 4),
