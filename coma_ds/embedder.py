@@ -23,22 +23,13 @@ from coma_ds.data.pairs import compose_side
 from coma_ds.data.processing import MODEL_EXTRAS, read_extras
 from coma_ds.data.records import Picture, Side
 from coma_ds.evaluation import shortened
+from coma_ds.hardware import usable_device
 from coma_ds.inference import encode_sides
 from coma_ds.model.loading import load_finished, resolve_model
 
 log = logging.getLogger("coma_ds")
 
 NEEDED = ("compression_tokens", "pooling", "precision", "max_length")
-
-
-def _usable(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
-    return found
 
 
 class Embedder:
@@ -86,7 +77,7 @@ class Embedder:
             max_length=extras["max_length"],
         )
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = _usable(device or default)
+        self.device = usable_device(device or default)
         self.precision = precision or extras["precision"]
         self.model, processing = load_finished(
             source, config, precision=self.precision, device=self.device

@@ -75,3 +75,14 @@ def available_memory() -> float:
         return float(min(machine, limit - int((CGROUP / "memory.current").read_text())))
     except (OSError, ValueError):  # no such file, or "max"
         return float(machine)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name.  Raises ``ValueError`` for one that cannot be used here."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
+    return found

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from coma_ds.data.chat import Fitted, Reply, Request
 from coma_ds.data.processing import load_processing
 from coma_ds.data.records import Picture
-from coma_ds.hardware import has_fast_bf16
+from coma_ds.hardware import has_fast_bf16, usable_device
 from coma_ds.model.loading import load_language_model, resolve_model
 
 Seen = tuple[np.ndarray, tuple[int, int, int]]  # pixels_PC and the grid (t, h, w)
@@ -67,7 +67,7 @@ class LocalChat:
     ) -> None:
         source = resolve_model(source, "--model")
         self.temperature, self.max_pixels = temperature, max_pixels
-        self.device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.processing = load_processing(source, compression_tokens=0, max_length=NO_LIMIT)
         tokenizer = self.processing.tokenizer
         if not tokenizer.chat_template:
@@ -147,13 +147,3 @@ class LocalChat:
         end = next((place for place, token in enumerate(ids) if token in self.ends), None)
         text = self.processing.tokenizer.decode(ids[:end], skip_special_tokens=False)
         return Reply(text, cut=end is None)
-
-
-def _usable(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
-    return device
