@@ -11,7 +11,7 @@ help:
 	@echo 'make demo       compress, then match, on the built-in pictures (10 minutes on 2 cores with AVX-512)'
 	@echo 'make demo-long  the same with more steps (an hour)'
 	@echo 'make demo-base  train the model that the demo starts from again (hours)'
-	@echo 'make test       linter and tests (15 minutes on 2 cores; 8 more with SLURM)'
+	@echo 'make test       linter and tests (half an hour on 2 cores; 8 minutes more with SLURM)'
 	@echo 'make test-cluster  those on a SLURM of virtual nodes alone (needs root; installs SLURM)'
 	@echo 'make soak       100 SIGKILLs over one run, whose end must be that of one left alone (an hour)'
 	@echo 'make lint       linter only'

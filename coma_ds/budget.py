@@ -117,6 +117,8 @@ def measure(engine, objective, batch: Batch) -> tuple[Cost, float]:
             return objective.encode(model, part, features)[0]
         return objective.loss(model, part, features)[0]
 
+    with torch.no_grad():  # weights that stay whole come now, and what a device sets up once
+        engine(run)
     saved = _SavedBytes(engine.model)
     before = _in_use(device)
     if device.type == "cuda":

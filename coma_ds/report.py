@@ -10,7 +10,7 @@ from coma_ds.config import MatchConfig, RunConfig
 from coma_ds.engine import Engine
 from coma_ds.hardware import SLOW, has_fast_bf16
 from coma_ds.kernels.dispatch import outlook
-from coma_ds.model.liger import missing
+from coma_ds.model.liger import missing_liger
 from coma_ds.model.varlen import CARRIERS, best_carrier
 from coma_ds.planning.weights import numel
 
@@ -106,7 +106,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     }[config.objective]
     kernels = model.kernels
     if not kernels and engine.device.type == "cuda" and config.model.liger is not False:
-        kernels = f"Liger: not used, {missing(engine.device, config.precision)}"
+        kernels = f"Liger: not used, {missing_liger(engine.device, config.precision)}"
     slow = ""
     if config.precision != "fp32" and not has_fast_bf16(engine.device.type):
         slow = f" ({SLOW})"

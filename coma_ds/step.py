@@ -170,7 +170,8 @@ def grad_cache(
         else:
             total = (emb * 0.0).sum()
         if learned is not None:
-            total = total + (learned * (leaf_t.grad if number == 0 else 0.0 * leaf_t.grad)).sum()
+            cached = leaf_t.grad if number == 0 else torch.zeros_like(leaf_t)
+            total = total + (learned * cached).sum()
         return total
 
     def replay(model, number: int) -> tuple[torch.Tensor, None]:

@@ -120,7 +120,9 @@ class Packed:
         self._made: tuple[Spans, torch.Tensor | None, torch.Tensor | None] | None = None
 
     def __call__(self, query, key, value, scale):
-        spans, rows_G, kept_T = self._spans(query.device)
+        if self._made is None:  # once for all layers
+            self._made = self._make(query.device)
+        spans, rows_G, kept_T = self._made
         seen = [x[0].transpose(0, 1) for x in (query, key, value)]
         if rows_G is not None:
             seen = [x[rows_G] for x in seen]
@@ -135,29 +137,23 @@ class Packed:
         spans = split if self.splits else [context + tokens + dialogue]
         return sum(int(_causal_pairs(lengths, fused).sum()) for lengths in spans)
 
-    def _spans(self, device: torch.device):
+    def _make(self, device: torch.device) -> tuple[Spans, torch.Tensor | None, torch.Tensor | None]:
         """Spans over rows G, which packed row each of them is, and which of them each row reads;
-        the last two None where they are the same.  Made once for all layers."""
-        if self._made is None:
-            context, tokens, dialogue = self.lengths_B3.unbind(1)
-            if not self.splits:
-                return self._remember(Spans.of(self.lengths_B3.sum(1), device), None, None)
-            starts = self.lengths_B3.sum(1).cumsum(0) - self.lengths_B3.sum(1)
-            first = torch.stack([starts, starts + context], 1).flatten()
-            lengths = torch.stack([context + tokens, tokens + dialogue], 1).flatten()
-            place_G = torch.arange(int(lengths.sum())) - (
-                lengths.cumsum(0) - lengths
-            ).repeat_interleave(lengths)
-            rows_G = first.repeat_interleave(lengths) + place_G
-            again = torch.stack([torch.zeros_like(tokens), tokens], 1).flatten()
-            kept_T = (place_G >= again.repeat_interleave(lengths)).nonzero().squeeze(-1)
-            moved = [x.to(device, non_blocking=True) for x in (rows_G, kept_T)]
-            return self._remember(Spans.of(lengths, device), *moved)
-        return self._made
-
-    def _remember(self, *made):
-        self._made = made
-        return made
+        the last two None where rows G are the packed rows."""
+        context, tokens, dialogue = self.lengths_B3.unbind(1)
+        sizes = context + tokens + dialogue
+        if not self.splits:
+            return Spans.of(sizes, device), None, None
+        starts = sizes.cumsum(0) - sizes
+        first = torch.stack([starts, starts + context], 1).flatten()
+        lengths = torch.stack([context + tokens, tokens + dialogue], 1).flatten()
+        again = torch.stack([torch.zeros_like(tokens), tokens], 1).flatten()
+        begin = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        place_G = torch.arange(len(begin)) - begin  # in its span
+        rows_G = first.repeat_interleave(lengths) + place_G
+        kept_T = (place_G >= again.repeat_interleave(lengths)).nonzero().squeeze(-1)
+        moved = [x.to(device, non_blocking=True) for x in (rows_G, kept_T)]
+        return Spans.of(lengths, device), *moved
 
 
 Layout = Dense | Causal | Split | Packed

@@ -31,7 +31,7 @@ class Applied:
         return f"{said or 'nothing'}{f' ({lacks})' if lacks else ''}"
 
 
-def missing(device: torch.device, precision: str) -> str:
+def missing_liger(device: torch.device, precision: str) -> str:
     """Why Liger's kernels cannot be used; empty where they can."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"

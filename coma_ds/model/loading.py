@@ -36,8 +36,7 @@ from coma_ds.hardware import SLOW, has_fast_bf16
 from coma_ds.model.adapters import add_adapter
 from coma_ds.model.backbone import Backbone
 from coma_ds.model.embedder import CompressionModel, Temperature
-from coma_ds.model.liger import apply_liger
-from coma_ds.model.liger import missing as missing_liger
+from coma_ds.model.liger import apply_liger, missing_liger
 from coma_ds.model.pooling import Pooling
 from coma_ds.model.tokens import CompressionTokens
 from coma_ds.model.varlen import CARRIERS, best_carrier

@@ -88,7 +88,7 @@ class ModelFlops:
 
     def needed(self, batch: Batch, vision, *, matching: bool, bottleneck: bool) -> float:
         """FLOPs of one forward and one backward of a batch: no replay, no recomputation, no
-        padding, no pair that may not see each other, no gradient of what is frozen.
+        padding, no pair that may not see each other, no gradient of what is frozen; no teacher.
 
         ``vision``: the tower's config.
         """

@@ -94,7 +94,7 @@ def test_it_ends_well_and_says_no_more_than_it_should(ended, name: str):
 
 def test_stage_1_leaves_a_whole_run(ended, root):
     job, folder = ended("compress"), root / "compress"
-    assert "world      2 rank(s) on cpu, ZeRO-3 (zero3), bf16" in job.text
+    assert "world      2 rank(s) on cpu, ZeRO-3 (zero3, weights whole), bf16" in job.text
     assert "batch      16 = 2 x 8, in chunks of at most 3 samples" in job.text
     assert all((folder / name).is_file() for name in FILES)
     assert (folder / "checkpoints" / "step-00000002" / "manifest.json").is_file()

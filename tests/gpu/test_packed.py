@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coma_ds.model.liger import apply_liger, missing
+from coma_ds.model.liger import apply_liger, missing_liger
 from coma_ds.model.varlen import CARRIERS, LOOPED, Spans
 from tests.standins import defined
 from tests.tiny import make_batch, tiny_model
@@ -74,7 +74,7 @@ def test_a_model_on_packed_sequences(name, matching) -> None:
     assert own <= 1.5 * plain + 1e-3, (own, plain)
 
 
-@pytest.mark.parametrize("matching", [True, False] if not missing(GPU, "bf16") else [])
+@pytest.mark.parametrize("matching", [True, False] if not missing_liger(GPU, "bf16") else [])
 def test_a_model_with_liger(matching) -> None:
     change = ({"carrier": "dense", "arithmetic": "sdpa"}, apply_liger)
     own, plain = model_error(change, matching=matching)

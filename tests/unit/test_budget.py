@@ -89,6 +89,9 @@ def test_a_token_costs_what_graphs_hold(objective, monkeypatch) -> None:
         monkeypatch.setattr(module, "PROBE", count * int(batch.sizes_B[0]))
         cost, free = measure(PlainEngine(model), objective, batch)
         costs.append(cost.graph)
+        # once to set up, once measured
+        without, with_graph = model.backbone.work.take().text_rows
+        assert without == with_graph > 0
         assert 2**28 < free < 2**45
     assert costs[0] == pytest.approx(costs[1], rel=0.1)
     # Two layers of width 64 keep some dozens of rows of it for each token.

@@ -9,7 +9,7 @@ import torch
 
 from coma_ds.config import FAMILIES, RunConfig
 from coma_ds.model import liger
-from coma_ds.model.liger import apply_liger, missing
+from coma_ds.model.liger import apply_liger, missing_liger
 from tests.distributed.cases import LORA, UNTIED
 from tests.standins import install, liger_package
 from tests.tiny import make_batch, tiny_model
@@ -75,11 +75,11 @@ def test_what_does_not_apply_is_said(package, monkeypatch) -> None:
 
 def test_where_they_can_be_used(monkeypatch) -> None:
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
-    assert missing(GPU, "bf16") == "liger-kernel is not installed"
+    assert missing_liger(GPU, "bf16") == "liger-kernel is not installed"
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object())
-    assert missing(GPU, "bf16") == missing(GPU, "fp32") == ""
-    assert missing(CPU, "bf16") == "they need a GPU"
-    assert missing(GPU, "autocast").startswith("autocast")
+    assert missing_liger(GPU, "bf16") == missing_liger(GPU, "fp32") == ""
+    assert missing_liger(CPU, "bf16") == "they need a GPU"
+    assert missing_liger(GPU, "autocast").startswith("autocast")
 
 
 def test_the_key() -> None:
