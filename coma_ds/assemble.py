@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -17,6 +18,7 @@ from coma_ds.config import DataConfig, RunConfig
 from coma_ds.data.builtin import BuiltinDialogues, BuiltinPairs
 from coma_ds.data.collate import Collator
 from coma_ds.data.dialogues import DialogueFile, SingleTurns
+from coma_ds.data.lengths import read_lengths
 from coma_ds.data.mmeb import MMEBTrain
 from coma_ds.data.pairs import PairFile
 from coma_ds.data.processing import Processing, load_processing
@@ -142,8 +144,27 @@ def build_data(config: RunConfig, processing: Processing) -> TrainingData:
         raise ValueError(f"optim.batch_size {size} is not a multiple of the {world} ranks")
     sources = Sources(build_sources(config))
     data: DataConfig = config.data
-    order = BatchOrder(sources.sizes, size, data.sub_batch, data.weighting, config.seed)
+    order = BatchOrder(
+        sources.sizes, size, data.sub_batch, data.weighting, config.seed,
+        weights=_row_tokens(data.lengths, sources.sizes) if data.lengths else None,
+    )  # fmt: skip
     return TrainingData(order, sources, Collator(processing), data.workers, data.bad_rows > 0)
+
+
+def _row_tokens(folder: str, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    known = read_lengths(folder)
+    found = {}
+    for name, size in sizes.items():
+        if name not in known:
+            raise ValueError(
+                f"data.lengths {folder!r}: source {name!r} was not measured, only "
+                f"{', '.join(known)}: run coma-ds prepare again"
+            )
+        try:
+            found[name] = known[name].of_rows(size)
+        except ValueError as error:
+            raise ValueError(f"data.lengths {folder!r}, source {name!r}: {error}") from error
+    return found
 
 
 def build_processing(config: RunConfig) -> tuple[str, Processing]:

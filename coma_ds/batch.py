@@ -7,13 +7,14 @@ tokens a sample, I images, P patches, C values of a patch, F image tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 IGNORE = -100
 CONTEXT, TOKENS, DIALOGUE, PADDING = 0, 1, 2, 3
+MOVED = ("input_ids_T", "position_ids_3T", "labels_T", "feature_rows_F")  # to the device
 
 Alignment = Literal["segments", "left", "right"]
 
@@ -46,9 +47,18 @@ class ImageBatch:
             grid_I3=self.grid_I3[images.to(self.grid_I3.device)],
         )
 
-    def to(self, device: torch.device | str) -> ImageBatch:
-        """A copy on ``device``; the grid stays where it is, the host reads it."""
-        return replace(self, pixels_PC=self.pixels_PC.to(device, non_blocking=True))
+    def slices(self, patches: int) -> list[ImageBatch]:
+        """Consecutive images together, no more than ``patches`` of them unless one alone has."""
+        counts: list[int] = []  # of images, and
+        rows: list[int] = []  # of patches
+        for size in self.grid_I3.prod(-1).tolist():
+            if not rows or rows[-1] + size > patches:
+                counts.append(0)
+                rows.append(0)
+            counts[-1] += 1
+            rows[-1] += size
+        parts = zip(self.pixels_PC.split(rows), self.grid_I3.split(counts))
+        return [replace(self, pixels_PC=pixels, grid_I3=grid) for pixels, grid in parts]
 
 
 @dataclass(frozen=True)
@@ -168,13 +178,18 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy with its token tensors and pixels on ``device``; lengths stay on the host."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if f.name in ("input_ids_T", "position_ids_3T", "labels_T", "feature_rows_F")
-        }
-        return replace(self, images=self.images.to(device) if self.images else None, **moved)
+        """A copy with its token tensors on ``device``; lengths stay on the host, and so do pixels,
+        which the tower takes a few at a time."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in MOVED}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """A copy from which a GPU can read beside other work; a ``DataLoader`` calls it."""
+        pinned = {name: getattr(self, name).pin_memory() for name in MOVED}
+        if self.images is not None:
+            pixels = self.images.pixels_PC.pin_memory()
+            pinned["images"] = replace(self.images, pixels_PC=pixels)
+        return replace(self, **pinned)
 
     def padded(self, alignment: Alignment = "right", pad_id: int = 0) -> Padded:
         """The [B, L] view.

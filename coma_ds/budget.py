@@ -19,7 +19,7 @@ from coma_ds import comm
 from coma_ds.batch import Batch
 from coma_ds.config import ChunkConfig
 from coma_ds.hardware import available_memory, ranks_here
-from coma_ds.step import Budget, seed_chunk
+from coma_ds.step import Budget, embed_images, seed_chunk
 
 log = logging.getLogger("coma_ds")
 
@@ -61,8 +61,9 @@ def settle(engine, objective, batch: Batch, config: ChunkConfig, known: dict | N
 
     ``known``: what ``remember`` gave, of a run that goes on.  Nothing is measured without ``auto``.
     """
+    packed = engine.model.backbone.carrier == "packed"
     if "auto" not in (config.tokens, config.keep):
-        return Budget(config.samples, config.tokens, config.keep)
+        return replace(Budget.of(config), packed=packed)
     if known and known == remember(Budget(**known["budget"]), config):
         found = Budget(**known["budget"])
         log.info("chunks as before: %s", describe(found))
@@ -73,9 +74,9 @@ def settle(engine, objective, batch: Batch, config: ChunkConfig, known: dict | N
     least = {
         name: -comm.all_max(-value, engine.device)
         for name, value in asdict(own).items()
-        if value is not None
+        if name != "packed" and value is not None
     }
-    found = replace(own, **least)
+    found = replace(own, **least, packed=packed)
     log.info(
         "chunks measured: %.0f kB a token with its graph, %.1f GiB free: %s",
         cost.graph / 1e3, free / 2**30, describe(found),
@@ -105,11 +106,12 @@ def measure(engine, objective, batch: Batch) -> tuple[Cost, float]:
     """
     device = engine.device
     group = probe(batch)
-    with torch.no_grad():
-        features = engine(lambda m: m.embed_images(batch.images))
+    features = embed_images(engine, batch.images, seed=0, step=0)
     part = batch.split([group])[0]
     seed_chunk(0, 0, 0)
     tokens = len(group) * int(batch.sizes_B[group].max())  # with their padding
+    if engine.model.backbone.carrier == "packed":
+        tokens = int(batch.sizes_B[group].sum())
 
     def run(model):
         # The graph must end where it does in a step: at embeddings, or at the loss of answers.

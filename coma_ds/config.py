@@ -124,6 +124,8 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=1)  # rows of each source
     weighting: Literal["uniform", "proportional"] = "uniform"
     sub_batch: int = Field(0, ge=0)  # 0: sources mixed freely
+    # what coma-ds prepare wrote: the ranks then share each batch so that all have as many tokens
+    lengths: str | None = None
     min_score: float | None = None  # pairs: rows with a lower score are left out, and counted
     columns: dict[str, str] = {}  # pairs: our column name to the file's
     leave_out_empty: bool = False  # mmeb: rows with an empty side are left out, and counted

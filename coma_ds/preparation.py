@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from coma_ds.data.collate import Collator
 from coma_ds.data.images import FilePicture
+from coma_ds.data.lengths import LENGTHS
 from coma_ds.data.processing import Processing
 from coma_ds.data.records import Dialogue, Pair, Picture, RankingTask, Side
 
 AT_A_TIME = 32  # rows or images that a worker hands back together
 ROWS_NAMED = 3  # of those that show a bad image
-LENGTHS, BAD, SUMMARY = "lengths.parquet", "bad.jsonl", "summary.json"
+BAD, SUMMARY = "bad.jsonl", "summary.json"
 KINDS = ("dialogue", "query", "target", "negative", "side")
 MISSING, BROKEN = "missing", "broken"
 

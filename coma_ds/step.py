@@ -16,21 +16,28 @@ from functools import partial
 import torch
 
 from coma_ds import comm
-from coma_ds.batch import Batch
+from coma_ds.batch import Batch, ImageBatch
 from coma_ds.config import ChunkConfig
 
 TOWER = 2**31  # the chunk number of the tower, for its random state
+PATCHES = 65536  # that go through a frozen tower at a time: more make nothing faster
 
 
 @dataclass(frozen=True)
 class Budget:
     """A ``ChunkConfig`` without ``auto``.  ``keep_tokens``: as many chunks keep their graph as hold
-    so many padded tokens together; None: ``keep`` of them do."""
+    so many tokens together; None: ``keep`` of them do.  ``packed``: no padding is counted."""
 
     samples: int
-    tokens: int | None
-    keep: int
+    tokens: int | None = None
+    keep: int = 0
     keep_tokens: int | None = None
+    packed: bool = False
+
+    @classmethod
+    def of(cls, config: ChunkConfig) -> Budget:
+        """As the config says, where it says numbers."""
+        return cls(config.samples, config.tokens, config.keep)
 
 
 def seed_chunk(seed: int, step: int, chunk: int, rank: int | None = None) -> None:
@@ -40,21 +47,21 @@ def seed_chunk(seed: int, step: int, chunk: int, rank: int | None = None) -> Non
     torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
 
 
-def plan_chunks(batch: Batch, config: ChunkConfig | Budget, wanted: int | None = None):
+def plan_chunks(batch: Batch, budget: Budget, wanted: int | None = None):
     """Groups of sample indices (int64 each), the longest samples first, as many on every rank.
 
-    A group holds at most ``config.samples`` samples, and at most ``config.tokens`` padded tokens
-    where that is set (one sample at least).  A rank with fewer groups than another cuts its
+    A group holds at most ``budget.samples`` samples, and at most ``budget.tokens`` tokens where
+    that is set (one sample at least).  A rank with fewer groups than another cuts its
     largest ones; a rank with fewer samples than groups gets empty groups.
     """
     order = torch.argsort(batch.sizes_B, descending=True, stable=True)
     lengths_B3 = batch.lengths_B3[order]
     cuts, start = [], 0
     for end in range(1, len(order) + 1):
-        full = end < len(order) and end - start == config.samples
-        # the width of the segment-aligned view, which is never below that of the others
-        width = int(lengths_B3[start : end + 1].amax(0).sum())
-        over = config.tokens is not None and (end + 1 - start) * width > config.tokens
+        full = end < len(order) and end - start == budget.samples
+        over = budget.tokens is not None and _tokens(lengths_B3[start : end + 1], budget) > (
+            budget.tokens
+        )
         if end == len(order) or full or over:
             cuts.append((start, end))
             start = end
@@ -68,17 +75,44 @@ def plan_chunks(batch: Batch, config: ChunkConfig | Budget, wanted: int | None =
     return [order[a:b] for a, b in cuts]
 
 
-def kept_chunks(parts: list[Batch], config: ChunkConfig | Budget, device) -> int:
+def _tokens(lengths_B3: torch.Tensor, budget: Budget) -> int:
+    """What a chunk of such samples counts: the tokens, or the cells of the segment-aligned view,
+    which is never smaller than the others."""
+    if budget.packed:
+        return int(lengths_B3.sum())
+    return len(lengths_B3) * int(lengths_B3.amax(0).sum())
+
+
+def kept_chunks(parts: list[Batch], budget: Budget, device) -> int:
     """How many chunks keep their graph: the last ones, which are the smallest, on every rank."""
-    if getattr(config, "keep_tokens", None) is None:
-        return config.keep
-    left, count = config.keep_tokens, 0
+    if budget.keep_tokens is None:
+        return budget.keep
+    left, count = budget.keep_tokens, 0
     for part in reversed(parts):
-        left -= len(part) * int(part.sizes_B.max())
+        left -= _tokens(part.lengths_B3, budget)
         if left < 0:
             break
         count += 1
     return -comm.all_max(-count, device)
+
+
+def embed_images(engine, images: ImageBatch | None, *, seed: int, step: int) -> torch.Tensor:
+    """Features of all images without a graph, [S, F, D]; on every rank as many passes.
+
+    A trained tower takes them at once, as it does where it has its graph.
+    """
+    parts: list[ImageBatch | None] = [images]
+    if images is not None and not engine.model.vision_is_trained:
+        parts = [*images.slices(PATCHES)]
+    found = []
+    for number in range(comm.all_max(len(parts), engine.device)):
+        part = parts[number] if number < len(parts) else None
+        seed_chunk(seed, step, TOWER)
+        with torch.no_grad():
+            features = engine(lambda m, part=part: m.embed_images(part))
+        if number < len(parts):
+            found.append(features)
+    return torch.cat(found, 1) if len(found) > 1 else found[0]
 
 
 def _or_first(group: torch.Tensor) -> torch.Tensor:
@@ -86,15 +120,13 @@ def _or_first(group: torch.Tensor) -> torch.Tensor:
     return group if len(group) else torch.zeros(1, dtype=torch.int64)
 
 
-def accumulate(
-    engine, objective, batch: Batch, config: ChunkConfig | Budget, *, seed: int, step: int
-):
+def accumulate(engine, objective, batch: Batch, budget: Budget, *, seed: int, step: int):
     """Gradients of sum(loss of samples) / sum(weight), both over all chunks and ranks.
 
     The report: means over the weight of what the objective sums.  Raises ``ValueError`` when no
     rank has anything that carries weight.
     """
-    groups = plan_chunks(batch, config)
+    groups = plan_chunks(batch, budget)
     own = torch.tensor([float(objective.weight(batch))], device=engine.device)
     total = float(comm.all_sum(own))
     if not total:
@@ -102,8 +134,7 @@ def accumulate(
     trained = engine.model.vision_is_trained
     features = None
     if not trained:
-        with torch.no_grad():
-            features = engine(lambda m: m.embed_images(batch.images))
+        features = embed_images(engine, batch.images, seed=seed, step=step)
     parts = batch.split([_or_first(g) for g in groups], with_images=trained)
     sums: dict[str, torch.Tensor] = {}
 
@@ -124,13 +155,11 @@ def accumulate(
     return dict(zip(sums, means.tolist()))
 
 
-def grad_cache(
-    engine, objective, batch: Batch, config: ChunkConfig | Budget, *, seed: int, step: int
-):
+def grad_cache(engine, objective, batch: Batch, budget: Budget, *, seed: int, step: int):
     """Gradients of a loss over the whole gathered batch, a few chunks in memory at a time.
 
     1. Images through the tower, once.  2. Every chunk without a graph: embeddings; the last ones,
-    as many as ``config`` keeps, with their graph, which stays.  3. The loss over all embeddings,
+    as many as ``budget`` keeps, with their graph, which stays.  3. The loss over all embeddings,
     and its gradient at each of them.  4. Backward of (embeddings * gradient).sum() for every chunk:
     those that were kept, then the others, which run again with their graph and the same random
     state.  A trained tower is a second level of the same: its features collect a gradient over the
@@ -138,14 +167,12 @@ def grad_cache(
     step is a replay as well, so that at least two chunks are replayed.  Returns the objective's
     report.
     """
-    groups = plan_chunks(batch, config)
+    groups = plan_chunks(batch, budget)
     parts = batch.split([_or_first(g) for g in groups])
     trained = engine.model.vision_is_trained
-    keep = kept_chunks(parts, config, engine.device)
+    keep = kept_chunks(parts, budget, engine.device)
     replays = min(len(parts), max(len(parts) - keep, 2 * int(trained)))
-    with torch.no_grad():
-        seed_chunk(seed, step, TOWER)
-        features = engine(lambda m: m.embed_images(batch.images))
+    features = embed_images(engine, batch.images, seed=seed, step=step)
     features.requires_grad_(trained)
     encoded = []
     for number, part in enumerate(parts):

@@ -33,7 +33,7 @@ from coma_ds.assemble import (
 from coma_ds.batch import Batch
 from coma_ds.config import RunConfig, load_config
 from coma_ds.optim import build_optimizer
-from coma_ds.step import grad_cache
+from coma_ds.step import Budget, grad_cache
 
 PACKAGES = ("torch", "deepspeed", "transformers", "sentence-transformers")
 TEMPERATURE = 0.05
@@ -52,7 +52,9 @@ class Ours:
     def gradient(self) -> float:
         """Forward and backward; the loss."""
         objective = build_objective(self.config)
-        report = grad_cache(self.engine, objective, self.batch, self.config.chunk, seed=0, step=0)
+        report = grad_cache(
+            self.engine, objective, self.batch, Budget.of(self.config.chunk), seed=0, step=0
+        )
         return report["loss"]
 
     def step(self) -> None:

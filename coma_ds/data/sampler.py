@@ -10,6 +10,7 @@ Letters: B samples a global batch, b a sub-batch, S sources, T sub-batches an ep
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ class BatchOrder:
         sub_batch_size: b, samples in a row from one source; 0 mixes the sources freely.
         weighting: ``"uniform"`` over the sources or ``"proportional"`` to their rows.
         seed: not negative.
+        weights: of each row, by source, int64: the ranks get as much of each batch by them.
 
     Raises:
         ValueError: no or empty sources, B not a multiple of b, a source too small for its
@@ -52,11 +54,13 @@ class BatchOrder:
         sub_batch_size: int = 0,
         weighting: str = "uniform",
         seed: int = 0,
+        weights: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.names = tuple(sizes)
         self.sizes = tuple(sizes[name] for name in self.names)
         self.batch_size = batch_size
         self.seed = seed
+        self._weights = [weights[name] for name in self.names] if weights else None
         self._unit = unit = sub_batch_size or 1
         _check(sizes, batch_size, sub_batch_size, weighting, seed)
         self._by_epoch = weighting == "proportional" or len(self.names) == 1
@@ -101,7 +105,8 @@ class BatchOrder:
         return batch
 
     def local_rows(self, step: int, rank: int, world: int) -> list[tuple[int, int]]:
-        """The part of ``global_batch(step)`` of one rank: B / world samples in a row.
+        """The part of ``global_batch(step)`` of one rank: B / world samples, in a row where their
+        weights are not known.
 
         Raises:
             ValueError: B is not a multiple of ``world``, or no such rank.
@@ -114,7 +119,11 @@ class BatchOrder:
                 f"{self.batch_size // world * world or world} or another number of ranks"
             )
         share = self.batch_size // world
-        return self.global_batch(step)[rank * share : (rank + 1) * share]
+        batch = self.global_batch(step)
+        if self._weights is None:
+            return batch[rank * share : (rank + 1) * share]
+        weights = np.array([self._weights[source][row] for source, row in batch])
+        return [batch[place] for place in deal(weights, world)[rank]]
 
     def _sub_batches(self, step: int) -> list[tuple[int, int]]:
         """(source, number of the sub-batch within its source, from 0) of one step."""
@@ -202,6 +211,20 @@ class Sources:
         source, row = index
         size = len(self._list[source])
         return [(source, (row + step) % size) for step in range(1, min(count + 1, size))]
+
+
+def deal(weights: np.ndarray, hands: int) -> list[list[int]]:
+    """Places 0 .. len(weights) - 1 dealt to as many hands, equally many to each: the heaviest
+    first, each to the lightest hand with room; in their order within a hand."""
+    room = len(weights) // hands
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    lightest = [(0, hand) for hand in range(hands)]
+    for place in np.argsort(-weights, kind="stable").tolist():
+        total, hand = heapq.heappop(lightest)
+        dealt[hand].append(place)
+        if len(dealt[hand]) < room:
+            heapq.heappush(lightest, (total + int(weights[place]), hand))
+    return [sorted(hand) for hand in dealt]
 
 
 def permutation(size: int, seed: int, use: str, number: int) -> np.ndarray:

@@ -80,8 +80,7 @@ class Backbone(nn.Module):
         vision = self.lm.config.vision_config
         side = vision.spatial_merge_size
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        device = next(self.visual.parameters()).device
-        pixels = torch.zeros(side * side, width, device=device)
+        pixels = torch.zeros(side * side, width)
         return ImageBatch(pixels, torch.tensor([[1, side, side]]), self.merge)
 
     def embed_images(self, images: ImageBatch | None) -> torch.Tensor:
@@ -98,11 +97,12 @@ class Backbone(nn.Module):
             image_rows=int(images.tokens_I.sum()),
             vision_pairs=vision_pairs(images, self.lm.config.vision_config),
         )
-        dtype = self.visual.dtype
-        grid = images.grid_I3.to(images.pixels_PC.device)
+        weight = next(self.visual.parameters())
+        pixels = images.pixels_PC.to(weight.device, non_blocking=True).to(self.visual.dtype)
+        grid = images.grid_I3.to(weight.device)
         # Passed through to every attention call; there is no global state.
         asked = {"attend": span_attention(self.arithmetic)} if self.arithmetic in CARRIERS else {}
-        out = self.visual(images.pixels_PC.to(dtype), grid_thw=grid, return_dict=True, **asked)
+        out = self.visual(pixels, grid_thw=grid, return_dict=True, **asked)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
         return torch.stack(levels)
 

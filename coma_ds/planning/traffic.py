@@ -21,16 +21,18 @@ def step_traffic(
     matching: bool,
     chunks: int,
     kept: int = 0,
+    passes: int = 1,
     trains_vision: bool = False,
     whole: bool = False,
     coalesced: bool = False,
 ) -> Traffic:
     """The traffic of one step under ZeRO-3.
 
-    ``chunks`` of which ``kept`` keep their graph; ``whole``: the weights stay whole from one update
-    to the next; ``coalesced``: gradients are added up on each rank and reduced once.  Where weights
-    are sharded, each forward and each backward gathers what it reads; a table that is the head too
-    stays whole for the length of a forward in stage 1, of that through the tower alone as well.
+    ``chunks`` of which ``kept`` keep their graph; ``passes`` of a frozen tower; ``whole``: the
+    weights stay whole from one update to the next; ``coalesced``: gradients are added up on each
+    rank and reduced once.  Where weights are sharded, each forward and each backward gathers what
+    it reads; a table that is the head too stays whole for the length of a forward in stage 1, of
+    that through the tower alone as well.
     """
     w = weights
     replays = min(chunks, max(chunks - kept, 2 * int(trains_vision)))
@@ -45,9 +47,9 @@ def step_traffic(
         if trains_vision:
             return Traffic(2 * chunks * (tower + read), reduced)
         table = 0 if w.head else w.embedding
-        return Traffic(tower + table + 2 * chunks * read, reduced)
+        return Traffic((tower + table) * passes + 2 * chunks * read, reduced)
     forwards = chunks + replays
-    gathered = tower + (forwards + chunks) * language
+    gathered = tower * passes + (forwards + chunks) * language
     if trains_vision:  # in the first replay, for gradients of zero, and in the last
         gathered += 2 * min(replays, 2) * tower
     return Traffic(gathered, reduced)

@@ -23,7 +23,7 @@ from coma_ds.model.loading import trainable
 from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
 from coma_ds.optim import build_optimizer
-from coma_ds.step import TOWER, accumulate, grad_cache, plan_chunks, seed_chunk
+from coma_ds.step import TOWER, Budget, accumulate, grad_cache, plan_chunks, seed_chunk
 from tests.definition import whole_loss
 from tests.distributed.broken import broken_step
 from tests.tiny import make_batch, tiny_model
@@ -134,7 +134,7 @@ def compress_batch(case: Case, step: int, rank: int) -> Batch:
 def reference_match(model, batches, case: Case, step: int) -> torch.Tensor:
     """Mean InfoNCE over all ranks' rows, in one graph, from the definition."""
     objective = Match(MatchConfig(**case.match))
-    config = ChunkConfig(**case.chunk)
+    config = Budget.of(ChunkConfig(**case.chunk))
     wanted = max(len(plan_chunks(b, config, wanted=0)) for b in batches)
     sides, temperature = [], None
     for rank, batch in enumerate(batches):
@@ -155,7 +155,7 @@ def reference_match(model, batches, case: Case, step: int) -> torch.Tensor:
 def reference_compress(model, batches, case: Case, step: int) -> torch.Tensor:
     """Mean over all answer tokens of all ranks, in one graph."""
     objective = Compress(CompressConfig(**case.compress))
-    config = ChunkConfig(**case.chunk)
+    config = Budget.of(ChunkConfig(**case.chunk))
     total, weight = 0.0, 0
     wanted = max(len(plan_chunks(b, config, wanted=0)) for b in batches)
     for rank, batch in enumerate(batches):
@@ -248,6 +248,7 @@ def run_case(case: Case) -> dict:
     """The case in this world beside its reference, as JSON values (differences are absolute)."""
     began = time.perf_counter()
     config = case.run_config
+    budget = Budget.of(config.chunk)
     model = case.build()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     if case.precision == "bf16":
@@ -265,9 +266,9 @@ def run_case(case: Case) -> dict:
         passes.take()
         fault = "not finite on one rank" if case.poisoned and step == 1 else case.broken
         with broken_step(fault) if fault else nullcontext():
-            report = take_step(engine, objective, batch, config.chunk, seed=0, step=step)
+            report = take_step(engine, objective, batch, budget, seed=0, step=step)
         tower.append(count.take())
-        forwards.append([*passes.take(), len(plan_chunks(batch, config.chunk))])
+        forwards.append([*passes.take(), len(plan_chunks(batch, budget))])
         images.append(len(batch.images) if batch.images else 0)
         result = engine.step(step)
         losses.append(report["loss"])

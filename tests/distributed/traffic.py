@@ -10,16 +10,18 @@ import torch
 from deepspeed.comm import comm as deepspeed_comm
 
 from coma_ds import comm
+from coma_ds import step as step_module
 from coma_ds.engine import Engine
 from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
 from coma_ds.optim import build_optimizer
 from coma_ds.planning.traffic import step_traffic
 from coma_ds.planning.weights import count_weights
-from coma_ds.step import accumulate, grad_cache, plan_chunks
+from coma_ds.step import Budget, accumulate, grad_cache, plan_chunks
 from tests.distributed.cases import LORA
 from tests.distributed.exact import STEPS, Case
 
+SLICED = "slices"  # of images
 KINDS = ("gather", "reduce_scatter", "all_reduce", "allreduce")
 
 
@@ -70,6 +72,7 @@ def count(cases: list[dict]) -> dict[str, dict]:
     for tree in cases:
         case = Case(**tree)
         config = case.run_config
+        budget = Budget.of(config.chunk)
         model = case.build()
         engine = Engine(model, build_optimizer(model, config.optim), config, torch.device("cpu"))
         weights = count_weights(model)
@@ -80,16 +83,22 @@ def count(cases: list[dict]) -> dict[str, dict]:
             counted = Counted()
             batch = case.batch(step, comm.rank())
             with ExitStack() as stack:
+                if case.name.endswith(SLICED):
+                    stack.enter_context(patch.object(step_module, "PATCHES", 4))
                 for context in counted.patches():
                     stack.enter_context(context)
-                take_step(engine, objective, batch, config.chunk, seed=0, step=step)
+                take_step(engine, objective, batch, budget, seed=0, step=step)
                 engine.step(step)
-        chunks = len(plan_chunks(batch, config.chunk))
+        chunks = len(plan_chunks(batch, budget))
+        passes = 1
+        if case.name.endswith(SLICED):
+            passes = comm.all_max(len(batch.images.slices(4)) if batch.images else 1, engine.device)
         said = step_traffic(
             weights,
             matching=matching,
             chunks=chunks,
             kept=config.chunk.keep,
+            passes=passes,
             trains_vision=model.vision_is_trained,
             whole=engine.keeps_weights_whole,
             coalesced=engine.reduces_once,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from coma_ds.batch import (
     CONTEXT,
     DIALOGUE,
+    MOVED,
     PADDING,
     TOKENS,
     Batch,
@@ -183,13 +184,39 @@ def test_images_are_selected_with_their_patches() -> None:
     assert part.grid_I3.tolist() == [[1, 2, 6], [1, 2, 2]] and part.merge == 4
 
 
-def test_to_moves_tokens_and_pixels_and_leaves_lengths() -> None:
+def test_images_are_cut_into_slices_of_patches() -> None:
+    """In order, each as full as it goes; one that is larger goes alone."""
+    grid = torch.tensor([[1, 2, 2], [1, 4, 2], [1, 2, 6], [1, 2, 2], [1, 2, 2]])
+    images = ImageBatch(torch.arange(32.0)[:, None], grid, 4)
+    for patches, wanted in ((1, [1] * 5), (8, [1, 1, 1, 2]), (12, [2, 1, 2]), (99, [5])):
+        parts = images.slices(patches)
+        assert [len(part) for part in parts] == wanted
+        assert torch.equal(torch.cat([part.pixels_PC for part in parts]), images.pixels_PC)
+        assert torch.equal(torch.cat([part.grid_I3 for part in parts]), grid)
+        for part in parts:
+            assert len(part.pixels_PC) == int(part.grid_I3.prod(-1).sum()) and part.merge == 4
+
+
+def test_what_goes_to_a_gpu_is_pinned(monkeypatch) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+    batch = make_batch([{"images": [(2, 2)], "dialogue": 3}, {"text": 2}])
+    found = batch.pin_memory()
+    for name in MOVED:
+        assert getattr(found, name) is not getattr(batch, name)
+        assert any(getattr(batch, name) is tensor for tensor in pinned)
+    assert any(batch.images.pixels_PC is tensor for tensor in pinned) and len(pinned) == 5
+    assert torch.equal(found.images.pixels_PC, batch.images.pixels_PC)
+    assert make_batch([{"text": 2}]).pin_memory().images is None
+
+
+def test_to_moves_tokens_and_leaves_lengths_and_pixels() -> None:
     batch = make_batch([{"images": [(2, 2)], "dialogue": 3}], pairs=1)
     moved = batch.to("meta")
-    for name in ("input_ids_T", "position_ids_3T", "labels_T", "feature_rows_F"):
+    for name in MOVED:
         assert getattr(moved, name).device.type == "meta"
-    assert moved.images.pixels_PC.device.type == "meta"
-    for tensor in (moved.lengths_B3, moved.image_counts_B, moved.images.grid_I3):
+    left = (moved.lengths_B3, moved.image_counts_B, moved.images.grid_I3, moved.images.pixels_PC)
+    for tensor in left:
         assert tensor.device.type == "cpu"
     assert moved.pairs == 1
     assert make_batch([{"text": 3}]).to("meta").images is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,11 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
     monkeypatch.setattr(PlainEngine, "reduces_once", False, raising=False)
+
+
+def engine(carrier: str = "split"):
+    backbone = SimpleNamespace(carrier=carrier)
+    return SimpleNamespace(device=CPU, model=SimpleNamespace(backbone=backbone))
 
 
 def auto(**keys) -> ChunkConfig:
@@ -50,14 +56,16 @@ def test_what_fits(config, free, wanted) -> None:
 
 def test_without_auto_nothing_is_measured() -> None:
     config = ChunkConfig(samples=3, tokens=70, keep=2)
-    assert settle(None, None, None, config, None) == Budget(3, 70, 2)
+    assert settle(engine(), None, None, config, None) == Budget(3, 70, 2)
+    packed = settle(engine("packed"), None, None, config, None)
+    assert packed == Budget(3, 70, 2, packed=True)
 
 
 def test_a_run_that_goes_on_keeps_its_budget(monkeypatch, caplog) -> None:
     """In a world of the same size, with the same settings: what is told anew counts."""
     known = remember(Budget(64, 512, 0, 1024), auto(keep="auto"))
     with caplog.at_level(logging.INFO, "coma_ds"):
-        assert settle(None, None, None, auto(keep="auto"), known) == Budget(64, 512, 0, 1024)
+        assert settle(engine(), None, None, auto(keep="auto"), known) == Budget(64, 512, 0, 1024)
     assert "chunks as before: at most 64 samples and 512 tokens, graphs of 1024" in caplog.text
     batch = make_batch([{"text": 3}, {"text": 9}])
     monkeypatch.setattr(module, "measure", lambda *_: (KB, 10e6))
@@ -66,7 +74,7 @@ def test_a_run_that_goes_on_keeps_its_budget(monkeypatch, caplog) -> None:
         (auto(), known, Budget(64, 3840, 0)),  # it was told to keep none
         (auto(samples=2, keep="auto"), known, Budget(2, 3840, 0, 256)),
     ):
-        assert settle(PlainEngine(None), None, batch, config, before) == wanted
+        assert settle(engine(), None, batch, config, before) == wanted
 
 
 def test_the_probe_is_the_longest_samples(monkeypatch) -> None:

@@ -9,12 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coma_ds import comm, step
 from coma_ds.batch import Batch
-from coma_ds.config import ChunkConfig, CompressConfig
+from coma_ds.config import CompressConfig
 from coma_ds.objectives.compress import Compress
-from coma_ds.step import TOWER, accumulate, plan_chunks, seed_chunk
+from coma_ds.step import (
+    TOWER,
+    Budget,
+    accumulate,
+    embed_images,
+    kept_chunks,
+    plan_chunks,
+    seed_chunk,
+)
 from tests.tiny import PlainEngine, make_batch, tiny_model
 
+CPU = torch.device("cpu")
 LENGTHS = st.lists(
     st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=20
 )
@@ -39,7 +49,7 @@ def batch_of(lengths: list[tuple[int, int, int]]) -> Batch:
 def test_every_sample_once_within_the_limits(lengths, samples, tokens, extra) -> None:
     batch = batch_of([(c, 2, d) for c, _, d in lengths])
     tokens_of = batch.sizes_B.tolist()
-    config = ChunkConfig(samples=samples, tokens=tokens)
+    config = Budget(samples=samples, tokens=tokens)
     alone = plan_chunks(batch, config)
     assert all(len(group) for group in alone)
     for groups in (alone, plan_chunks(batch, config, wanted=len(alone) + extra)):
@@ -57,36 +67,48 @@ def test_every_sample_once_within_the_limits(lengths, samples, tokens, extra) ->
 
 @given(LENGTHS, st.integers(1, 7))
 def test_no_more_chunks_than_needed(lengths, samples) -> None:
-    groups = plan_chunks(batch_of(lengths), ChunkConfig(samples=samples))
+    groups = plan_chunks(batch_of(lengths), Budget(samples=samples))
     assert len(groups) == -(-len(lengths) // samples)
 
 
 def test_a_budget_is_used_up() -> None:
     """Equal samples of 10 tokens: as many as fit, not one less."""
     batch = batch_of([(5, 2, 3)] * 10)
-    config = ChunkConfig(samples=64, tokens=40)
+    config = Budget(samples=64, tokens=40)
     assert [len(g) for g in plan_chunks(batch, config)] == [4, 4, 2]
-    assert [len(g) for g in plan_chunks(batch, ChunkConfig(samples=3, tokens=40))] == [3, 3, 3, 1]
+    assert [len(g) for g in plan_chunks(batch, Budget(samples=3, tokens=40))] == [3, 3, 3, 1]
 
 
 def test_the_budget_counts_the_aligned_view() -> None:
     """A long context beside a long dialogue is wider than either sample."""
     batch = batch_of([(20, 2, 1), (1, 2, 20)])
-    assert len(plan_chunks(batch, ChunkConfig(samples=8, tokens=60))) == 2
-    assert len(plan_chunks(batch, ChunkConfig(samples=8, tokens=84))) == 1
+    assert len(plan_chunks(batch, Budget(samples=8, tokens=60))) == 2
+    assert len(plan_chunks(batch, Budget(samples=8, tokens=84))) == 1
+
+
+def test_packed_samples_count_their_tokens() -> None:
+    batch = batch_of([(20, 2, 1), (1, 2, 20), (1, 2, 3)])
+    sizes = [
+        [len(group) for group in plan_chunks(batch, Budget(8, tokens, packed=True))]
+        for tokens in (23, 46, 51, 52)
+    ]
+    assert sizes == [[1, 1, 1], [2, 1], [2, 1], [3]]
+    parts = batch.split(plan_chunks(batch, Budget(8, 46, packed=True)))
+    kept = [kept_chunks(parts, Budget(8, 46, 0, n, packed=True), CPU) for n in (5, 6, 51, 52)]
+    assert kept == [0, 1, 1, 2]
 
 
 def test_a_sample_over_the_budget_goes_alone() -> None:
     batch = batch_of([(30, 2, 0), (3, 2, 0), (3, 2, 0)])
-    groups = plan_chunks(batch, ChunkConfig(samples=8, tokens=10))
+    groups = plan_chunks(batch, Budget(samples=8, tokens=10))
     assert [g.tolist() for g in groups] == [[0], [1, 2]]
 
 
 def test_wanted_chunks_cut_the_largest_and_then_stay_empty() -> None:
     batch = batch_of([(1, 1, 0)] * 5)
-    sizes = [len(g) for g in plan_chunks(batch, ChunkConfig(samples=4), wanted=3)]
+    sizes = [len(g) for g in plan_chunks(batch, Budget(samples=4), wanted=3)]
     assert sorted(sizes) == [1, 2, 2]
-    sizes = [len(g) for g in plan_chunks(batch, ChunkConfig(samples=4), wanted=8)]
+    sizes = [len(g) for g in plan_chunks(batch, Budget(samples=4), wanted=8)]
     assert sorted(sizes) == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
@@ -125,7 +147,7 @@ def test_accumulated_chunks_are_the_mean_over_all_answers(trained) -> None:
     batch = batch.split([torch.arange(5)], with_images=True)[0]
     batch.images.pixels_PC.data = batch.images.pixels_PC.double()
     engine = PlainEngine(model)
-    report = accumulate(engine, objective, batch, ChunkConfig(samples=2), seed=0, step=0)
+    report = accumulate(engine, objective, batch, Budget(samples=2), seed=0, step=0)
     assert engine.lasts == [False, False, True]
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
@@ -143,4 +165,29 @@ def test_nothing_to_learn_from_is_an_error() -> None:
     batch = make_batch([{"text": 3, "dialogue": 4}])
     engine = PlainEngine(tiny_model(matching=False))
     with pytest.raises(ValueError, match="the whole batch has no answer token"):
-        accumulate(engine, Compress(CompressConfig()), batch, ChunkConfig(), seed=0, step=0)
+        accumulate(engine, Compress(CompressConfig()), batch, Budget(64), seed=0, step=0)
+
+
+@pytest.mark.parametrize("patches", [1, 48, 64])
+def test_a_frozen_tower_takes_images_in_slices(patches, monkeypatch) -> None:
+    """The same features as in one pass; a rank with fewer slices than another runs blanks."""
+    samples = [{"images": [(2, 2), (2, 4)]}, {"text": 2}, {"images": [(4, 4), (2, 2)]}]
+    batch, model = make_batch(samples), tiny_model().double()
+    monkeypatch.setattr(step, "PATCHES", 10**6)
+    whole = embed_images(PlainEngine(model), batch.images, seed=0, step=0)
+    model.backbone.work.take()
+    monkeypatch.setattr(step, "PATCHES", patches)
+    engine = PlainEngine(model)
+    found = embed_images(engine, batch.images, seed=0, step=0)
+    assert torch.allclose(found, whole, atol=1e-6) and not found.requires_grad
+    slices = len(batch.images.slices(patches))
+    monkeypatch.setattr(comm, "all_max", lambda own, device: max(own, slices + 2))
+    again = embed_images(engine, batch.images, seed=0, step=0)
+    assert torch.equal(again, found)
+    blank = embed_images(engine, None, seed=0, step=0)
+    assert torch.equal(blank, model.embed_images(None))
+    model.backbone.work.take()
+    trained = tiny_model(train_vision=True)
+    embed_images(PlainEngine(trained), batch.images, seed=0, step=0)
+    patches = int(batch.images.grid_I3.prod(-1).sum())
+    assert trained.backbone.work.patch_rows == [patches + 4 * (slices + 1), 0]

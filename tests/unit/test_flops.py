@@ -13,7 +13,7 @@ from coma_ds.model.work import Work, visible_pairs, vision_pairs
 from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
 from coma_ds.planning.flops import ModelFlops
-from coma_ds.step import accumulate, grad_cache
+from coma_ds.step import Budget, accumulate, grad_cache
 from coma_ds.throughput import Throughput
 from tests.distributed.cases import BUDGET, LORA, TOWER, UNTIED
 from tests.distributed.exact import Case
@@ -43,7 +43,9 @@ def step(case: Case) -> tuple[float, float, float]:
     take_step = grad_cache if matching else accumulate
     model.backbone.work.take()
     with FlopCounterMode(display=False) as counter:
-        take_step(PlainEngine(model.train()), objective, batch, config.chunk, seed=0, step=0)
+        take_step(
+            PlainEngine(model.train()), objective, batch, Budget.of(config.chunk), seed=0, step=0
+        )
     flops = ModelFlops.of(model)
     executed = flops.executed(model.backbone.work.take())
     vision = model.backbone.lm.config.vision_config
@@ -135,7 +137,7 @@ def test_what_a_run_reports_of_a_step(stage) -> None:
         (grad_cache, Match(config.match)) if stage == "match" else
         (accumulate, Compress(config.compress))
     )  # fmt: skip
-    take_step(PlainEngine(model.train()), objective, batch, config.chunk, seed=0, step=0)
+    take_step(PlainEngine(model.train()), objective, batch, Budget.of(config.chunk), seed=0, step=0)
     _, executed, needed = step(case)
     values = seen.values(batch, 4.0)
     assert values["tflops_per_second"] == pytest.approx(executed / 4e12)

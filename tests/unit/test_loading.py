@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coma_ds.config import FAMILIES, ChunkConfig, MatchConfig, ModelConfig, load_config
+from coma_ds.config import FAMILIES, MatchConfig, ModelConfig, load_config
 from coma_ds.data.collate import Collator
 from coma_ds.data.processing import load_processing
 from coma_ds.data.records import Dialogue, Pair, Side, Turn
 from coma_ds.model.adapters import adapter_layers
 from coma_ds.model.loading import load_finished, load_language_model, resolve_model
 from coma_ds.objectives.match import Match
-from coma_ds.step import grad_cache
+from coma_ds.step import Budget, grad_cache
 from tests.distributed.harness import run_world
 from tests.distributed.shards import build, digests, transformers_says
 from tests.folders import SKELETON, WORDS, base_folder, disturb, export, load, whole
@@ -253,9 +253,7 @@ class TestOutputMatrix:
         monkeypatch.setattr(torch.nn.functional, "linear", spy)
         pairs, dialogue = batch_of(processing)
         engine = PlainEngine(model.train())
-        report = grad_cache(
-            engine, Match(MatchConfig()), pairs, ChunkConfig(samples=2), seed=0, step=0
-        )
+        report = grad_cache(engine, Match(MatchConfig()), pairs, Budget(samples=2), seed=0, step=0)
         assert report["loss"] > 0 and model.tokens.weight.grad.any()
         assert len(uses) > 20 and not any(uses)
         if not tied:

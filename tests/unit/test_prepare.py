@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from coma_ds import preparation
+from coma_ds.assemble import build_data
 from coma_ds.commands.main import dispatch
+from coma_ds.config import RunConfig
 from coma_ds.data.collate import Collator
 from coma_ds.data.images import FilePicture
 from coma_ds.data.pairs import PairFile
@@ -208,3 +210,46 @@ def test_dialogues(data) -> None:
         run(data, *words)
     (row,) = pq.read_table(data / "out/lengths.parquet").to_pylist()
     assert row["kind"] == "dialogue" and 0 < row["image_tokens"] < row["tokens"]
+
+
+def training(data: Path, size: int = 2, **more) -> RunConfig:
+    tree = {
+        "objective": "match", "optim": {"batch_size": size}, "model": {"compression_tokens": 8},
+        "data": {"format": "pairs", "path": f"{data}/pairs.jsonl",
+                 "image_root": f"{data}/images", "lengths": f"{data}/out", **more},
+    }  # fmt: skip
+    return RunConfig.model_validate(tree)
+
+
+def test_ranks_share_a_batch_by_what_was_measured(data, monkeypatch) -> None:
+    """The longest row to one rank, and to the other the two next ones, not as they come."""
+    write(data, ROWS[:3] + ROWS[6:])
+    assert run(data) == 0
+    monkeypatch.setattr("coma_ds.comm.world_size", lambda: 2)
+    found = build_data(training(data, size=4), processing())
+    sizes = [int(found.collator([found.sources[0, row]]).sizes_B.sum()) for row in range(4)]
+    shares = [[row for _, row in found.order.local_rows(0, rank, 2)] for rank in range(2)]
+    totals = [sum(sizes[row] for row in share) for share in shares]
+    heaviest = sorted(range(4), key=lambda row: -sizes[row])
+    assert sorted(map(sorted, shares)) == sorted(
+        map(sorted, ([heaviest[0], heaviest[3]], heaviest[1:3]))
+    )
+    assert max(totals) < sum(sorted(sizes)[2:])
+
+
+def test_lengths_that_are_not_of_this_data(data) -> None:
+    write(data, ROWS[:3])
+    assert run(data) == 0
+    write(data, ROWS[:2])
+    with pytest.raises(ValueError, match=r"source 'pairs.jsonl': row 2 was measured, there are 2"):
+        build_data(training(data), processing())
+    with pytest.raises(ValueError, match=r"data.lengths '/none': no lengths.parquet there"):
+        build_data(training(data, lengths="/none"), processing())
+    (data / "pairs.jsonl").rename(data / "other.jsonl")
+    with pytest.raises(
+        ValueError, match=r"source 'other.jsonl' was not measured, only pairs.jsonl"
+    ):
+        build_data(training(data, path=f"{data}/other.jsonl"), processing())
+    (data / "out/lengths.parquet").write_text("no table")
+    with pytest.raises(ValueError, match=r"lengths.parquet cannot be read"):
+        build_data(training(data, path=f"{data}/other.jsonl"), processing())

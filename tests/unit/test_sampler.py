@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coma_ds.data.sampler import BatchOrder, LocalBatches, Sources, permutation
+from coma_ds.data.sampler import BatchOrder, LocalBatches, Sources, deal, permutation
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -243,3 +243,30 @@ def test_refusals_of_steps_and_ranks() -> None:
         order.local_rows(0, 2, 2)
     with pytest.raises(ValueError, match="step -1 is negative"):
         order.global_batch(-1)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.integers(1, 8))
+def test_dealt_hands_hold_equally_many(weights, hands) -> None:
+    weights = (weights * hands)[: len(weights) * hands]
+    dealt = deal(np.array(weights), hands)
+    assert [len(hand) for hand in dealt] == [len(weights) // hands] * hands
+    assert sorted(chain(*dealt)) == list(range(len(weights)))
+    assert all(hand == sorted(hand) for hand in dealt)
+
+
+def test_ranks_share_a_batch_by_weight() -> None:
+    """The same global batches; no rank has much more to do than another."""
+    sizes = {"long": 500, "short": 500}
+    drawn = np.random.default_rng(0)
+    weights = {"long": drawn.integers(600, 1100, 500), "short": drawn.integers(10, 60, 500)}
+    plain = BatchOrder(sizes, 64, 8, seed=3)
+    weighted = BatchOrder(sizes, 64, 8, seed=3, weights=weights)
+    spreads = []
+    for order in (plain, weighted):
+        for step in range(20):
+            shares = [order.local_rows(step, rank, 4) for rank in range(4)]
+            assert sorted(chain(*shares)) == sorted(plain.global_batch(step))
+            assert {len(share) for share in shares} == {16}
+            totals = [sum(int(weights[order.names[s]][row]) for s, row in x) for x in shares]
+            spreads.append(max(totals) * 4 / sum(totals))
+    assert max(spreads[20:]) < 1.05 < np.mean(spreads[:20])

@@ -16,6 +16,7 @@ class Engine:
     """Gives the chunked gradients, then the plain ones."""
 
     device = torch.device("cpu")
+    model = SimpleNamespace(backbone=SimpleNamespace(carrier="split"))
 
     def __init__(self, *gradients: dict[str, torch.Tensor]) -> None:
         self.given = list(gradients)

@@ -51,6 +51,7 @@ class Still:
     """An engine whose steps do nothing."""
 
     device, stage, ds_config = CPU, 0, {}
+    model = SimpleNamespace(backbone=SimpleNamespace(carrier="packed"))
 
     def train(self) -> None: ...
 
@@ -117,7 +118,7 @@ def test_loop(monkeypatch, tmp_path, quiet, folder, objective):
     ])  # fmt: skip
     name, kind = ("accumulate", "Compress") if objective == "compress" else ("grad_cache", "Match")
     size, pairs = (4, 0) if objective == "compress" else (8, 4)
-    chunk = Budget(samples=3, tokens=77, keep=0)
+    chunk = Budget(samples=3, tokens=77, keep=0, packed=True)
     assert steps == [(name, kind, size, pairs, chunk, 5, step) for step in range(5)]
     assert done == [("evaluate", 2), ("save", 3), ("evaluate", 4), ("save", 5), ("finish", 5)]
     assert [row[0] for row in logged] == list(range(5))
@@ -240,7 +241,7 @@ def first_steps(folder: str) -> list[dict]:
         pairs = [Pair(Side(f"find {n}"), Side(f"thing {n}")) for n in range(3)]
         before = whole_parameters(engine)
         batch = Collator(processing)(pairs)
-        grad_cache(engine, Match(config.match), batch, config.chunk, seed=0, step=0)
+        grad_cache(engine, Match(config.match), batch, Budget.of(config.chunk), seed=0, step=0)
         result = engine.step(0)
         gaps = {n: (p - before[n]).norm().item() for n, p in whole_parameters(engine).items()}
         rest = sum(gap for name, gap in gaps.items() if name != "tokens.weight")
