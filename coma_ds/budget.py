@@ -25,6 +25,8 @@ log = logging.getLogger("coma_ds")
 
 PROBE = 2048  # tokens of the measurement, at most (one sample at least)
 LARGEST = 32768  # tokens of a chunk: above this nothing gets faster
+ENOUGH = 16384  # above this hardly anything does: what memory is left keeps graphs
+FINE = 8192  # down to this, so that as many chunks as can be keep theirs
 MARGIN = 0.2  # of what is free: allocators, longer samples and more images than in the first batch
 TRANSIENT = 2.0  # what a backward holds beside the graph, in what a forward does
 GRAIN = 256  # tokens
@@ -38,17 +40,27 @@ class Cost:
     transient: float
 
 
-def share_out(config: ChunkConfig, cost: Cost, free: float, longest: int) -> Budget:
-    """What fits in ``free`` bytes; ``longest``: tokens of the longest sample, which must.
+def share_out(config: ChunkConfig, cost: Cost, free: float, longest: int, total: int) -> Budget:
+    """What fits in ``free`` bytes; ``longest``: tokens of the longest sample, which must;
+    ``total``: of a batch.
 
     A chunk runs with its graph and the temporaries of a backward.  Rounded down to ``GRAIN``.
     """
     usable = free * (1 - MARGIN)
     running = cost.graph + TRANSIENT * cost.transient
+    most = usable / running
     tokens = config.tokens
+    if (tokens, config.keep) == ("auto", "auto") and most >= total + GRAIN:
+        fits = int(most) // GRAIN * GRAIN
+        return Budget(config.samples, max(min(fits, LARGEST), longest), 0, fits)  # each one stays
     if tokens == "auto":
-        fits = int(min(usable / running, LARGEST)) // GRAIN * GRAIN
-        tokens = max(fits, longest, 1)
+        fits = min(most, LARGEST)
+        if config.keep == "auto":
+            fits = min(fits, ENOUGH)
+            one_more = int((usable / max(fits, 1) - running) / cost.graph) + 1
+            finer = usable / (running + one_more * cost.graph)
+            fits = finer if finer >= FINE else fits
+        tokens = max(int(fits) // GRAIN * GRAIN, longest, 1)
     if config.keep != "auto":
         return Budget(config.samples, tokens, config.keep)
     size = tokens or longest * config.samples
@@ -70,7 +82,8 @@ def settle(engine, objective, batch: Batch, config: ChunkConfig, known: dict | N
         return found
     cost, free = measure(engine, objective, batch)
     longest = comm.all_max(int(batch.sizes_B.max()), engine.device)
-    own = share_out(config, cost, free, longest)
+    total = int(batch.sizes_B.sum()) if packed else longest * len(batch)
+    own = share_out(config, cost, free, longest, comm.all_max(total, engine.device))
     least = {
         name: -comm.all_max(-value, engine.device)
         for name, value in asdict(own).items()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 from importlib import resources
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"), contextlib.suppress(ImportError):
+    # DeepSpeed (0.19.8) looks at its own Muon in every start.  Nothing here uses that, but where it
+    # is imported it asks for torch's compiler, whose import takes one to two seconds.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from coma_ds.config import RunConfig

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from coma_ds.batch import IGNORE
 from coma_ds.data.collate import Collator
 from coma_ds.data.images import FilePicture
-from coma_ds.data.lengths import LENGTHS
+from coma_ds.data.lengths import LENGTHS, NUMBERS
 from coma_ds.data.processing import Processing
 from coma_ds.data.records import Dialogue, Pair, Picture, RankingTask, Side
 
@@ -49,7 +50,7 @@ class BadImage:
 
 @dataclass
 class Prepared:
-    """What was found in one source.  ``lengths`` are rows of (row, kind, tokens, image tokens)."""
+    """What was found in one source.  ``lengths`` are rows of (row, kind, ``NUMBERS``)."""
 
     name: str
     rows: int
@@ -57,7 +58,7 @@ class Prepared:
     unique: int = 0
     bad: dict[str, BadImage] = field(default_factory=dict)
     bad_rows: dict[int, str] = field(default_factory=dict)
-    lengths: list[tuple[int, int, int, int]] = field(default_factory=list)
+    lengths: list[tuple[int, ...]] = field(default_factory=list)
     truncated: int = 0
 
     def summary(self) -> dict[str, float]:
@@ -195,7 +196,7 @@ class Sized:
 
 
 class Lengths(Dataset):
-    """(row, [(kind, tokens, image tokens)], truncated samples, why it is bad) of rows."""
+    """(row, [(kind, ``NUMBERS``)], truncated samples, why it is bad) of rows."""
 
     def __init__(
         self, records: Sequence[Record], processing: Processing, grids: dict[str, Grid | str]
@@ -223,7 +224,9 @@ class Lengths(Dataset):
         for kind, sample in zip(kinds, samples):
             tokens = len(sample.context) + len(sample.tokens) + len(sample.dialogue)
             of_images = sum(t * h * w for t, h, w in sample.grids) // self.merge
-            found.append((KINDS.index(kind), tokens, of_images))
+            answers = sum(label != IGNORE for label in sample.labels)
+            numbers = (tokens, of_images, len(sample.dialogue), answers)
+            found.append((KINDS.index(kind), *numbers))
         return row, found, sum(sample.truncated for sample in samples), ""
 
 
@@ -307,19 +310,20 @@ def _in_workers(dataset: Dataset, workers: int, progress: Callable[[int], object
 
 
 def write(folder: Path, sources: Iterable[Prepared]) -> None:
-    """``lengths.parquet`` (source, row, kind, tokens, image_tokens), ``bad.jsonl`` (images, then
-    rows) and ``summary.json`` in ``folder``, each as a whole."""
+    """``lengths.parquet`` (source, row, kind, ``NUMBERS``), ``bad.jsonl`` (images, then rows) and
+    ``summary.json`` in ``folder``, each as a whole."""
     sources = list(sources)
     with _whole(folder / LENGTHS) as path:
         kinds = np.array(KINDS)
-        parts = [(s, np.array(s.lengths, dtype=np.int64).reshape(-1, 4)) for s in sources]
+        wide = 2 + len(NUMBERS)
+        parts = [(s, np.array(s.lengths, dtype=np.int64).reshape(-1, wide)) for s in sources]
         columns = {
             "source": np.concatenate([np.full(len(rows), s.name) for s, rows in parts]),
             "row": np.concatenate([rows[:, 0] for _, rows in parts]),
             "kind": np.concatenate([kinds[rows[:, 1]] for _, rows in parts]),
-            "tokens": np.concatenate([rows[:, 2] for _, rows in parts]).astype(np.int32),
-            "image_tokens": np.concatenate([rows[:, 3] for _, rows in parts]).astype(np.int32),
         }
+        for place, name in enumerate(NUMBERS, 2):
+            columns[name] = np.concatenate([rows[:, place] for _, rows in parts]).astype(np.int32)
         pq.write_table(pa.table(columns), path)
     with _whole(folder / BAD) as path, path.open("w") as file:
         for source in sources:

@@ -11,6 +11,7 @@ from coma_ds.commands import (
     encode_command,
     evaluate_command,
     export_command,
+    plan_command,
     preflight_command,
     prepare_command,
     synthesize_command,
@@ -25,6 +26,7 @@ COMMANDS = {
     "export": export_command,
     "config": config_command,
     "prepare": prepare_command,
+    "plan": plan_command,
     "preflight": preflight_command,
 }
 
@@ -60,7 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse loses what stands after an option
-    if args.command in ("train", "config", "prepare", "preflight"):
+    if args.command in ("train", "config", "prepare", "plan", "preflight"):
         late = [word for word in rest if "=" in word and not word.startswith("-")]
         args.overrides += late
         rest = [word for word in rest if word not in late]

@@ -9,16 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-LENGTHS = "lengths.parquet"  # source, row, kind, tokens, image_tokens: a line for each sample
+LENGTHS = "lengths.parquet"  # a line for each sample: its source, row, kind, and
+NUMBERS = ("tokens", "image_tokens", "dialogue", "answers")  # of all, of images, ...
 
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """Of the samples of one source, int64 each: the row, all tokens, those of images."""
+    """Of the samples of one source, int64 each: the row, all tokens, those of images, those after
+    the compression tokens, and those that carry loss."""
 
     rows: np.ndarray
     tokens: np.ndarray
     image_tokens: np.ndarray
+    dialogue: np.ndarray
+    answers: np.ndarray
 
     def of_rows(self, count: int) -> np.ndarray:
         """Tokens of all samples of each row, int64 [count]; the mean where a row was bad."""
@@ -36,7 +40,7 @@ def read_lengths(folder: str) -> dict[str, SampleLengths]:
     if not path.is_file():
         raise ValueError(f"data.lengths {folder!r}: no {LENGTHS} there; coma-ds prepare writes it")
     try:
-        table = pq.read_table(path, columns=["source", "row", "tokens", "image_tokens"])
+        table = pq.read_table(path, columns=["source", "row", *NUMBERS])
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     sources = table["source"].to_numpy()

@@ -44,14 +44,21 @@ def auto(**keys) -> ChunkConfig:
         (auto(), 0, Budget(64, 100, 0)),  # the longest sample runs all the same
         (auto(keep=3), 10e6, Budget(64, 3840, 3)),
         (auto(keep="auto"), 10e6, Budget(64, 3840, 0, 256)),  # 0.32 MB are left
-        (auto(keep="auto"), 200e6, Budget(64, module.LARGEST, 0, 94464)),
+        (auto(keep="auto"), 200e6, Budget(64, 15872, 0, 128256)),  # 8, and a running one
         (auto(tokens=1000, keep="auto"), 10e6, Budget(64, 1000, 0, 5888)),
         (auto(tokens=None, samples=4, keep="auto"), 10e6, Budget(4, None, 0, 7168)),
         (auto(tokens=9000, keep="auto"), 10e6, Budget(64, 9000, 0, 0)),
     ],
 )
 def test_what_fits(config, free, wanted) -> None:
-    assert share_out(config, KB, free, longest=100) == wanted
+    assert share_out(config, KB, free, longest=100, total=10**6) == wanted
+
+
+@pytest.mark.parametrize("total, kept", [(3000, 3840), (3584, 3840), (3900, 256)])
+def test_a_batch_that_fits_keeps_every_graph(total, kept) -> None:
+    """8 MB hold 4000 tokens that run; with some room, since the next batch may be larger."""
+    config = auto(keep="auto")
+    assert share_out(config, KB, 10e6, longest=100, total=total) == Budget(64, 3840, 0, kept)
 
 
 def test_without_auto_nothing_is_measured() -> None:
@@ -70,9 +77,9 @@ def test_a_run_that_goes_on_keeps_its_budget(monkeypatch, caplog) -> None:
     batch = make_batch([{"text": 3}, {"text": 9}])
     monkeypatch.setattr(module, "measure", lambda *_: (KB, 10e6))
     for config, before, wanted in (
-        (auto(keep="auto"), known | {"world": 2}, Budget(64, 3840, 0, 256)),
+        (auto(keep="auto"), known | {"world": 2}, Budget(64, 3840, 0, 3840)),
         (auto(), known, Budget(64, 3840, 0)),  # it was told to keep none
-        (auto(samples=2, keep="auto"), known, Budget(2, 3840, 0, 256)),
+        (auto(samples=2, keep="auto"), known, Budget(2, 3840, 0, 3840)),
     ):
         assert settle(engine(), None, batch, config, before) == wanted
 

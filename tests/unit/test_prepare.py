@@ -106,7 +106,7 @@ def test_lengths_are_those_of_training(data) -> None:
         batch = collator([reader[row]])
         kinds = ["query", "target", *["negative"] * (len(batch) - 2)]
         for kind, size, images in zip(kinds, batch.sizes_B.tolist(), batch.feature_counts_B):
-            wanted.append(("pairs.jsonl", row, kind, size, int(images)))
+            wanted.append(("pairs.jsonl", row, kind, size, int(images), 0, 0))
     assert [tuple(r.values()) for r in found] == wanted
     assert {r["kind"] for r in found} == {"query", "target", "negative"}
     assert max(r["image_tokens"] for r in found) > 0

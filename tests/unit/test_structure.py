@@ -31,7 +31,7 @@ FLOORS = {
     "bench": 5,
     **dict.fromkeys(("engine", "mechanics", "checkpoint", "planning", "throughput"), 3),
     **dict.fromkeys(("step", "budget", "objectives", "verify", "assemble", "checks", "report"), 4),
-    **dict.fromkeys(("run", "run_folder"), 4),
+    **dict.fromkeys(("run", "run_folder", "plan"), 4),
     **dict.fromkeys(("train", "commands"), 5),
     **dict.fromkeys(("recipes", "ds_configs", "recipe_files"), 0),
 }

@@ -1,0 +1,339 @@
+"""Before a job is queued: whether it fits, how long it takes, what it moves and costs.
+
+Formulas of ``coma_ds.planning``, and one measured number of the card: the share of its FLOP/s
+that steps reach.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from coma_ds.budget import TRANSIENT, Cost, describe, share_out
+from coma_ds.config import RunConfig
+from coma_ds.kernels.info_nce import cost as loss_cost
+from coma_ds.mechanics import read_mechanics
+from coma_ds.model.answers import MAX_LOGITS
+from coma_ds.model.embedder import CompressionModel
+from coma_ds.planning.cards import Card
+from coma_ds.planning.flops import ModelFlops
+from coma_ds.planning.graphs import Graphs, measure_graphs
+from coma_ds.planning.load import Load
+from coma_ds.planning.memory import Zero, states
+from coma_ds.planning.outline import outline
+from coma_ds.planning.traffic import step_traffic
+from coma_ds.planning.weights import Weights, count_weights
+from coma_ds.step import PATCHES, Budget
+
+Changes = dict[str, object]  # values by dotted key
+GIB = 2**30
+MOST = 2**20  # records of a GPU
+RESERVED = 2.0 * GIB  # what CUDA, NCCL and cuBLAS take for themselves
+USABLE = 0.96  # of a card: the rest is lost between blocks
+OVERLAP = 0.7  # of what is moved while there is something to compute, and the other way round
+TOWER = (10, 4)  # rows of the tower's width, and of its inner width, that a pass holds a patch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind; ``network_gb``: GB/s that a node receives from the others."""
+
+    card: Card
+    gpus: int
+    per_node: int
+    network_gb: float
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.gpus / self.per_node)
+
+
+@dataclass
+class Plan:
+    """One arrangement.  ``memory``: bytes by what holds them; seconds are those of a step."""
+
+    changes: Changes
+    memory: dict[str, float]
+    budget: Budget
+    chunks: int
+    kept: int
+    largest_chunk: int
+    executed: float  # FLOPs of a GPU
+    needed: float
+    gathered: float  # bytes that a GPU receives
+    reduced: float
+    computing: float
+    moving: float
+    capacity: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def overrides(self) -> list[str]:
+        """As they are given to a run."""
+        return [f"{key}={_said(value)}" for key, value in self.changes.items()]
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.capacity
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        first, second = self.computing, self.moving
+        return max(first, second) + (1 - OVERLAP) * min(first, second)
+
+    @property
+    def binds(self) -> str:
+        """What would have to give way first."""
+        if not self.fits:
+            return f"memory: {max(self.memory, key=self.memory.get)}"
+        return "arithmetic" if self.computing >= self.moving else "the network"
+
+
+class Planner:
+    """Everything about a run that does not depend on how it is arranged."""
+
+    def __init__(self, config: RunConfig, machine: Machine, *, liger: bool) -> None:
+        self.config, self.machine, self.liger = config, machine, liger
+        self._outlines: dict[bool, tuple[CompressionModel, Graphs]] = {}
+        self.model, _ = self._outline(config)
+        self.weights: Weights = count_weights(self.model)
+
+    def _outline(self, config: RunConfig) -> tuple[CompressionModel, Graphs]:
+        key = config.model.gradient_checkpointing
+        if key not in self._outlines:
+            model = outline(config)
+            self._outlines[key] = model, measure_graphs(model, liger=self.liger)
+        return self._outlines[key]
+
+    def plan(self, load: Load, changes: Changes | None = None) -> Plan:
+        """The run as configured, with ``changes`` in place of what it says."""
+        config = self.config
+        for key, value in (changes or {}).items():
+            config = _with(config, key, value)
+        model, graphs = self._outline(config)
+        machine, item = self.machine, 2 if config.precision == "bf16" else 4
+        world, matching = machine.gpus, config.objective == "match"
+        trains_vision = model.vision_is_trained
+        zero = Zero.of(read_mechanics(config.deepspeed), model)
+        is_whole = zero.stage == 3 and zero.whole == self.weights.total
+        few = config.model.adapter != "none" and not trains_vision
+        coalesced = zero.stage == 3 and (few or is_whole)
+        memory = states(
+            self.weights, zero, world=world, item=item, kind=config.optim.kind, coalesced=coalesced
+        )
+        records = config.optim.batch_size / world
+        width = model.backbone.width
+        by_record = self._by_record(load, item, matching)
+        memory |= {name: records * size for name, size in by_record.items()}
+        if matching:
+            memory["loss"] = self._loss(records, config.optim.batch_size, load, width)
+        resident = sum(memory.values())
+        capacity = machine.card.memory_gib * GIB * USABLE - RESERVED
+        free = capacity - resident
+
+        layers = 1.0 if model.backbone.lm.is_gradient_checkpointing else 0.5
+        per_token = Cost(graphs.held, graphs.layer * layers)
+        if trains_vision and not matching:
+            images = load.image_tokens / load.tokens * model.backbone.merge
+            per_token = replace(per_token, graph=graphs.held + graphs.patch * images)
+        logits = 0 if matching else 3 * 4 * min(MAX_LOGITS, 10**4 * self.vocabulary)
+        tokens = records * load.tokens
+        budget = share_out(config.chunk, per_token, free - logits, load.longest, int(tokens))
+        largest = share_out(
+            config.chunk.model_copy(update={"tokens": "auto", "keep": 0}),
+            per_token, free - logits, load.longest, int(tokens),
+        ).tokens  # fmt: skip
+        mean = load.tokens / load.samples
+        size = min(budget.samples * mean, budget.tokens or math.inf, tokens)
+        chunks = max(1, math.ceil(tokens / size))
+        kept = 0
+        if matching:
+            kept = min(chunks, max(budget.keep, int((budget.keep_tokens or 0) / size)))
+        one = per_token.graph if kept < chunks else 0.0
+        memory["chunk"] = size * (one + TRANSIENT * per_token.transient) + logits
+        memory["kept graphs"] = min(kept * size, tokens) * graphs.held
+        tower = self._tower(records * load.image_tokens, item)
+        if trains_vision and matching:
+            tower = records * load.image_tokens * model.backbone.merge * graphs.patch
+        memory["chunk"] = max(memory["chunk"], tower - memory["kept graphs"])
+
+        flops = ModelFlops.of(model)
+        passes = math.ceil(records * load.image_tokens * model.backbone.merge / PATCHES) or 1
+        passes = 1 if trains_vision else passes
+        replayed = 1 - kept / chunks
+        work = load.work(records, model.backbone.merge, replayed=replayed, matching=matching)
+        least = load.work(records, model.backbone.merge, replayed=0.0, matching=matching)
+        if trains_vision:  # once more with its graph, in stage 2
+            for name in ("patch_rows", "image_rows", "vision_pairs"):
+                once = getattr(work, name)[0]
+                setattr(work, name, [once if matching else 0, once])
+                setattr(least, name, [0, once])
+        executed = flops.executed(work)
+        needed = replace(flops, checkpointed=False).executed(least)
+        gathered, reduced = self._moved(zero, chunks, kept, passes, coalesced, is_whole, item)
+        notes = []
+        if size < 4096 and tokens > 2 * size:
+            notes.append(f"chunks of {size:.0f} tokens are small: a GPU wants 16,000 or more")
+        return Plan(
+            changes=changes or {},
+            memory=memory,
+            budget=budget,
+            chunks=chunks,
+            kept=kept,
+            largest_chunk=largest,
+            executed=executed,
+            needed=needed,
+            gathered=gathered,
+            reduced=reduced,
+            computing=executed / (machine.card.tflops * 1e12 * machine.card.share),
+            moving=self._moving(gathered + reduced),
+            capacity=capacity,
+            notes=notes,
+        )
+
+    def floors(self, load: Load) -> dict[str, float]:
+        """Executed over needed FLOPs that a mode cannot go below, by what it does."""
+        flops, merge = ModelFlops.of(self._outline(self.config)[0]), self.model.backbone.merge
+        plain, again = (replace(flops, checkpointed=on) for on in (False, True))
+        matching, records = self.config.objective == "match", self.config.optim.batch_size
+        once = load.work(records, merge, replayed=0.0, matching=matching)
+        needed = plain.executed(once)
+        if not matching:
+            return {"without checkpoints": 1.0, "with": again.executed(once) / needed}
+        twice = load.work(records, merge, replayed=1.0, matching=True)
+        usual = load.work(records, merge, replayed=1.0, matching=True)
+        for name in ("patch_rows", "image_rows", "vision_pairs"):
+            getattr(usual, name)[0] *= 2
+        return {
+            "with every graph kept": 1.0,
+            "with every chunk replayed": plain.executed(twice) / needed,
+            "as usual (checkpoints, the tower twice)": again.executed(usual) / needed,
+        }
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of the whole model, in the precision of the run."""
+        return (2 if self.config.precision == "bf16" else 4) * self.weights.total
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output matrix."""
+        return self.model.backbone.lm.config.text_config.vocab_size
+
+    def _by_record(self, load: Load, item: int, matching: bool) -> dict[str, float]:
+        width = self.model.backbone.width
+        levels = 1 + len(getattr(self.model.backbone.visual, "deepstack_visual_indexes", ()))
+        found = {"features": load.image_tokens * width * item * levels}
+        if matching:  # embeddings, their leaf and its gradient
+            found["embeddings"] = 3 * 4 * load.samples * width
+        return found
+
+    def _loss(self, own: float, batch: int, load: Load, width: int) -> float:
+        rows, columns = max(1, int(own)), int(batch * (load.samples - 1))
+        found = loss_cost(rows, columns, width, item=4, world=self.machine.gpus)
+        return found["extra"] + found["copies"] + found["gradients"] + 4 * columns * width
+
+    def _tower(self, image_tokens: float, item: int) -> float:
+        """Bytes of a pass of the frozen tower."""
+        vision = self.model.backbone.lm.config.vision_config
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size
+        inner = getattr(vision, "intermediate_size", None) or width * vision.mlp_ratio
+        pixels = vision.patch_size**2 * vision.temporal_patch_size * 3
+        patch = item * (TOWER[0] * width + TOWER[1] * inner) + (4 + item) * pixels
+        return min(image_tokens * self.model.backbone.merge, PATCHES) * patch
+
+    def largest_batch(self, load: Load, changes: Changes | None = None) -> int:
+        """The largest global batch that fits, in chunks of one sample; 0 where none does."""
+        world = self.machine.gpus
+        alone = {**(changes or {}), "chunk.samples": 1, "chunk.tokens": None, "chunk.keep": 0}
+
+        def fits(each: int) -> bool:
+            return self.plan(load, alone | {"optim.batch_size": each * world}).fits
+
+        low, high = 0, 1
+        while high < MOST and fits(high):
+            low, high = high, 2 * high
+        while high - low > max(1, low // 100):
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * world
+
+    def _moved(self, zero, chunks, kept, passes, coalesced, is_whole, item) -> tuple[float, float]:
+        """Bytes that a GPU receives in a step: weights, gradients."""
+        world, trained = self.machine.gpus, self.weights.trained
+        share = (world - 1) / world
+        if zero.stage < 3:
+            reductions = chunks if zero.stage == 2 else 1
+            return item * trained * share, item * trained * reductions * share
+        moved = step_traffic(
+            self.weights,
+            matching=self.config.objective == "match",
+            chunks=chunks,
+            kept=kept,
+            passes=passes,
+            trains_vision=self.model.vision_is_trained,
+            whole=is_whole,
+            coalesced=coalesced,
+        )
+        return item * moved.gathered * share, item * moved.reduced * share
+
+    def _moving(self, received: float) -> float:
+        machine = self.machine
+        if machine.gpus == 1:
+            return 0.0
+        inside = received / (machine.card.node_gb * 1e9)
+        outside = received / (machine.network_gb * 1e9) if machine.nodes > 1 else 0.0
+        return max(inside, outside)
+
+    def alternatives(self, load: Load) -> list[Plan]:
+        """The run as configured, then the arrangements that a user would try."""
+        matching = self.config.objective == "match"
+        plans, seen = [self.plan(load)], set()
+        whole = [self.config.deepspeed]
+        if self.machine.gpus > 1:
+            whole += [name for name in ("zero3", "zero3_whole") if name not in whole]
+        for mechanics in whole:
+            for checkpointing in (False,) if matching else (True, False):
+                changes: Changes = {}
+                if mechanics != self.config.deepspeed:
+                    changes["deepspeed"] = mechanics
+                if checkpointing != self.config.model.gradient_checkpointing and not matching:
+                    changes["model.gradient_checkpointing"] = checkpointing
+                changes["chunk.tokens"] = "auto"
+                changes["chunk.samples"] = 4096
+                if matching:
+                    changes["chunk.keep"] = "auto"
+                if str(changes) not in seen:
+                    seen.add(str(changes))
+                    plans.append(self.plan(load, changes))
+        return plans
+
+
+def best(plans: list[Plan]) -> Plan | None:
+    """The fastest that fits; of those within a hundredth, the one that takes the least memory."""
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return None
+    quick = min(plan.seconds for plan in fitting)
+    return min((p for p in fitting if p.seconds <= 1.01 * quick), key=lambda plan: plan.total)
+
+
+def _with(config: RunConfig, key: str, value: object) -> RunConfig:
+    section, _, name = key.rpartition(".")
+    if not section:
+        return config.model_copy(update={key: value})
+    part = getattr(config, section).model_copy(update={name: value})
+    return config.model_copy(update={section: part})
+
+
+def _said(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def describe_chunks(plan: Plan) -> str:
+    """In a line."""
+    return f"{plan.chunks} of {describe(plan.budget)}"

@@ -1,0 +1,50 @@
+"""The cards that a plan can be made for, and what was measured on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU.  ``key``: its short name; ``tflops``: dense bf16; ``node_gb``: GB/s to the others of
+    its node; ``share`` of the TFLOP/s that steps reach, ``measured`` where, or empty."""
+
+    key: str
+    name: str
+    memory_gib: float
+    tflops: float
+    node_gb: float
+    share: float
+    measured: str = ""
+
+
+def read_cards(path: str | None = None) -> dict[str, Card]:
+    """By short name; those of the file ``path`` (of the same form) beside the shipped ones.
+
+    Raises ``ValueError`` for a file that is not of that form.
+    """
+    shipped = resources.files("coma_ds.planning").joinpath("cards.yaml").read_text()
+    trees = yaml.safe_load(shipped)
+    if path:
+        if not Path(path).is_file():
+            raise ValueError(f"--cards {path!r}: no such file")
+        try:
+            own = yaml.safe_load(Path(path).read_text())
+            trees |= {str(name): {**trees.get(name, {}), **tree} for name, tree in own.items()}
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            raise ValueError(f"--cards {path!r}: expected NAME: {{memory_gib: ...}}") from error
+    cards = {}
+    for name, tree in trees.items():
+        try:
+            cards[name] = Card(**{"key": name, "name": name, **tree})
+            numbers = (cards[name].memory_gib, cards[name].tflops, cards[name].node_gb)
+            if not all(value > 0 for value in (*numbers, cards[name].share)):
+                raise TypeError("numbers above 0 are expected")
+        except TypeError as error:
+            raise ValueError(f"--cards {path!r}, {name}: {error}") from error
+    return cards
