@@ -111,11 +111,11 @@ class Collator:
         """One batch of records: of pairs the queries, then the targets, then all negatives."""
         replaced = tuple(each.replaced for each in ready if each.replaced)
         if ready[0].task_id is None:
-            return replace(self._pack([r.samples[0] for r in ready]), replaced=replaced)
+            return replace(self.pack_samples([r.samples[0] for r in ready]), replaced=replaced)
         samples = [r.samples[0] for r in ready] + [r.samples[1] for r in ready]
         samples += [sample for r in ready for sample in r.samples[2:]]
         return replace(
-            self._pack(samples),
+            self.pack_samples(samples),
             pairs=len(ready),
             negative_counts_N=torch.tensor([len(r.samples) - 2 for r in ready]),
             task_ids_N=torch.tensor([r.task_id for r in ready], dtype=torch.int64),
@@ -124,7 +124,7 @@ class Collator:
 
     def sides(self, sides: Sequence[Side]) -> Batch:
         """Any sides as samples that end with the K tokens."""
-        return self._pack([self.side(side) for side in sides])
+        return self.pack_samples([self.side(side) for side in sides])
 
     def dialogues(self, dialogues: Sequence[Dialogue], *, prompt_only: bool = False) -> Batch:
         """Dialogues as samples; with ``prompt_only`` each ends where its last answer begins.
@@ -136,7 +136,7 @@ class Collator:
         for dialogue in dialogues:
             with named(dialogue.name):
                 samples.append(self._dialogue(dialogue, prompt_only))
-        return self._pack(samples)
+        return self.pack_samples(samples)
 
     def _image(self, picture: Picture, pixels: list, grids: list) -> list[int]:
         p = self.processing
@@ -205,7 +205,8 @@ class Collator:
             labels += [IGNORE] * (len(between) + len(question)) + answer
         return Sample(context, p.compression_ids, ids, labels, grids, pixels, truncated=truncated)
 
-    def _pack(self, samples: list[Sample]) -> Batch:
+    def pack_samples(self, samples: list[Sample]) -> Batch:
+        """One batch of samples, in their order."""
         p = self.processing
         merge_size = p.image_processor.merge_size
         ids, labels, positions, lengths = [], [], [], []

@@ -35,7 +35,8 @@ class CompressionTokens(nn.Module):
         if table_VD.is_meta:  # a model of shapes alone
             return
         table = table_VD.float()
-        noise = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.weight.shape, generator=drawn, device="cpu")
         rows = table.mean(0) + spread * table.std(0) * noise.to(table.device)
         self.weight.copy_(rows.to(self.weight.dtype))
 
