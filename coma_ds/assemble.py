@@ -36,6 +36,8 @@ from coma_ds.optim import build_optimizer
 
 log = logging.getLogger("coma_ds")
 
+PREFETCHED = 2  # batches that each worker of the loader holds ready
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
 
 
@@ -128,7 +130,7 @@ class TrainingData:
             collate_fn=self.collator.pack,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
-            prefetch_factor=2 if self.workers else None,
+            prefetch_factor=PREFETCHED if self.workers else None,
         )
         try:
             yield from loader

@@ -21,14 +21,18 @@ Alignment = Literal["segments", "left", "right"]
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images in Qwen's packed layout: ``pixels_PC`` float32, ``grid_I3`` int64 (t, h, w patches).
+    """Images in Qwen's packed layout: ``pixels_PC``, ``grid_I3`` int64 (t, h, w patches).
 
-    ``merge`` patches become one image token (4 for a 2 x 2 merge).
+    ``merge`` patches become one image token (4 for a 2 x 2 merge).  Pixels are the float32 values
+    of patches, or uint8 [P, 3 * p * p] with their values in ``levels_3V`` (float32 [3, 256]) and
+    each to be read ``frames`` times: an eighth of the bytes, for the workers and the bus.
     """
 
     pixels_PC: torch.Tensor
     grid_I3: torch.Tensor
     merge: int
+    levels_3V: torch.Tensor | None = None
+    frames: int = 1
 
     def __len__(self) -> int:
         return len(self.grid_I3)
@@ -37,6 +41,16 @@ class ImageBatch:
     def tokens_I(self) -> torch.Tensor:
         """Image tokens of each image, int64 [I]."""
         return self.grid_I3.prod(-1) // self.merge
+
+    def values(self, device: torch.device | str) -> torch.Tensor:
+        """What a tower takes: [P, C] on ``device``, (channel, frame, row, column) in C."""
+        pixels = self.pixels_PC.to(device, non_blocking=True)
+        if self.levels_3V is None:
+            return pixels
+        levels_3V = self.levels_3V.to(device, non_blocking=True)
+        channels = pixels.view(len(pixels), 3, -1).unbind(1)
+        values = torch.stack([level[c.int()] for level, c in zip(levels_3V, channels)], 1)
+        return values[:, :, None].expand(-1, -1, self.frames, -1).reshape(len(pixels), -1)
 
     def select(self, images: torch.Tensor) -> ImageBatch:
         """The images at the given indices (int64), in that order."""

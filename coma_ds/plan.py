@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from coma_ds.assemble import PREFETCHED
 from coma_ds.budget import TRANSIENT, Cost, describe, share_out
 from coma_ds.config import RunConfig
 from coma_ds.kernels.info_nce import cost as loss_cost
@@ -288,6 +289,19 @@ class Planner:
         inside = received / (machine.card.node_gb * 1e9)
         outside = received / (machine.network_gb * 1e9) if machine.nodes > 1 else 0.0
         return max(inside, outside)
+
+    def waiting(self, load: Load) -> float:
+        """Bytes of pixels that the loaders of a node hold at most, in shared memory."""
+        vision, config = self.model.backbone.lm.config.vision_config, self.config
+        batches = config.data.workers * PREFETCHED * self.machine.per_node
+        patches = load.image_tokens * self.model.backbone.merge
+        return (
+            batches
+            * config.optim.batch_size
+            / self.machine.gpus
+            * patches
+            * (3 * vision.patch_size**2)
+        )
 
     def alternatives(self, load: Load) -> list[Plan]:
         """The run as configured, then the arrangements that a user would try."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from coma_ds.batch import IGNORE, Batch
+from coma_ds.batch import IGNORE, Batch, ImageBatch
 from coma_ds.data.collate import Collator, Sample
 
 
@@ -36,11 +36,16 @@ class Maker:
         self.ids = list(range(first_id, first_id + tokens))
         channels = getattr(vision, "in_channels", 3)
         self.values = channels * vision.temporal_patch_size * vision.patch_size**2
-        shape = SimpleNamespace(merge_size=merge)
-        processing = SimpleNamespace(
-            image_processor=shape, image_id=config.image_token_id, merge=merge**2
+        self.collator = Collator(
+            SimpleNamespace(
+                image_processor=SimpleNamespace(merge_size=merge),
+                image_id=config.image_token_id,
+                merge=merge**2,
+                image_batch=lambda pixels, grids: ImageBatch(
+                    torch.from_numpy(pixels), torch.tensor(grids), merge**2
+                ),
+            )
         )
-        self.collator = Collator(processing)
 
     def pairs(self, count: int, seed: int) -> Batch:
         """So many pairs: queries, then targets."""

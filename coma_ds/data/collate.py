@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from coma_ds.batch import IGNORE, Batch, ImageBatch, Replaced
+from coma_ds.batch import IGNORE, Batch, Replaced
 from coma_ds.data.processing import Processing
 from coma_ds.data.records import IMAGE_MARK, Dialogue, Pair, Picture, Side
 
@@ -220,7 +220,7 @@ class Collator:
         images = None
         if grids:
             pixels_PC = np.concatenate([pixels for s in samples for pixels in s.pixels])
-            images = ImageBatch(torch.from_numpy(pixels_PC), torch.tensor(grids), p.merge)
+            images = p.image_batch(pixels_PC, grids)
         features = [sum(t * h * w for t, h, w in s.grids) // p.merge for s in samples]
         return Batch(
             input_ids_T=torch.from_numpy(np.concatenate(ids)),

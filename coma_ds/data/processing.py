@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
+from coma_ds.batch import ImageBatch
 from coma_ds.config import FAMILIES
 from coma_ds.data.records import Picture
 
@@ -52,13 +54,15 @@ class Processing:
         return self.image_processor.merge_size**2
 
     def pixels(self, picture: Picture) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """``pixels_PC`` float32 and the grid (t, h, w) of one picture.
+        """``pixels_PC`` and the grid (t, h, w) of one picture; with ``levels`` uint8, see
+        ``ImageBatch``, else the float32 values of the image processor.
 
         Raises ``ValueError`` naming the picture when it is broken or takes too many tokens.
         """
         image = picture.open()
         try:
-            out = self.image_processor(images=image, return_tensors="np")
+            raw = {"do_rescale": False, "do_normalize": False} if self.levels is not None else {}
+            out = self.image_processor(images=image, return_tensors="np", **raw)
         except ValueError as error:
             raise ValueError(f"{picture.name}: the image processor refuses it ({error})") from None
         grid = tuple(int(x) for x in out["image_grid_thw"][0])
@@ -68,7 +72,29 @@ class Processing:
                 f"{picture.name}: {tokens} image tokens, more than the {self.max_vision_tokens} "
                 "that model.max_vision_tokens and model.max_length leave"
             )
-        return out["pixel_values"], grid
+        pixels = out["pixel_values"]
+        if self.levels is not None:
+            by_frame = pixels.reshape(len(pixels), 3, self.image_processor.temporal_patch_size, -1)
+            pixels = by_frame[:, :, 0].astype(np.uint8).reshape(len(pixels), -1)
+        return pixels, grid
+
+    @cached_property
+    def levels(self) -> np.ndarray | None:
+        """What the image processor makes of 0 .. 255 in each channel, float32 [3, 256]; None for
+        one that does not scale and normalise."""
+        p = self.image_processor
+        if not (p.do_rescale and p.do_normalize):
+            return None
+        every = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (3, 256, 1))
+        scaled = p.rescale(every, p.rescale_factor)
+        return p.normalize(scaled, p.image_mean, p.image_std)[:, :, 0].astype(np.float32)
+
+    def image_batch(self, pixels_PC: np.ndarray, grids: list) -> ImageBatch:
+        """Of what ``pixels`` gave of some pictures, one after the other."""
+        levels = None if self.levels is None else torch.from_numpy(self.levels)
+        frames = self.image_processor.temporal_patch_size
+        pixels = torch.from_numpy(pixels_PC)
+        return ImageBatch(pixels, torch.tensor(grids), self.merge, levels, frames)
 
     @cached_property
     def reserved(self) -> list[str]:

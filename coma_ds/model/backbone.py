@@ -98,7 +98,7 @@ class Backbone(nn.Module):
             vision_pairs=vision_pairs(images, self.lm.config.vision_config),
         )
         weight = next(self.visual.parameters())
-        pixels = images.pixels_PC.to(weight.device, non_blocking=True).to(self.visual.dtype)
+        pixels = images.values(weight.device).to(self.visual.dtype)
         grid = images.grid_I3.to(weight.device)
         # Passed through to every attention call; there is no global state.
         asked = {"attend": span_attention(self.arithmetic)} if self.arithmetic in CARRIERS else {}

@@ -96,7 +96,8 @@ class LocalChat:
         """One reply each, from one batch.  Raises ``ValueError`` when memory is too small."""
         rows = [self._ids(request) for request in requests]
         ids_BT, mask_BT = self._left_padded(rows)
-        pixels = np.concatenate([request.image[0] for request in requests])
+        pixels, grids = zip(*(request.image for request in requests))
+        images = self.processing.image_batch(np.concatenate(pixels), list(grids))
         sampling = SeededSampling(
             [request.seed for request in requests], self.temperature, self.words, self.device
         )
@@ -105,8 +106,8 @@ class LocalChat:
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 mm_token_type_ids=(ids_BT == self.processing.image_id).int(),
-                pixel_values=torch.from_numpy(pixels).to(self.device, self.lm.dtype),
-                image_grid_thw=torch.tensor([r.image[1] for r in requests], device=self.device),
+                pixel_values=images.values(self.device).to(self.lm.dtype),
+                image_grid_thw=images.grid_I3.to(self.device),
                 logits_processor=LogitsProcessorList([sampling]),
             )
         except torch.OutOfMemoryError:

@@ -57,7 +57,12 @@ def test_images_stand_where_their_marks_stand(collator, processing) -> None:
     assert torch.equal(batch.feature_rows_F, torch.arange(80))
     wanted = np.concatenate([processing.pixels(p)[0] for p in (RED, RED, BLUE, BLUE, RED)])
     assert np.array_equal(batch.images.pixels_PC.numpy(), wanted)
-    assert batch.images.pixels_PC.dtype == torch.float32 and batch.images.merge == 4
+    # an eighth of the bytes that the stock processor gives, and the same values
+    stock = processing.image_processor(images=[p.open() for p in (RED, RED, BLUE, BLUE, RED)])
+    values = batch.images.values("cpu")
+    assert np.array_equal(values.numpy(), np.asarray(stock["pixel_values"]))
+    assert values.dtype == torch.float32 and batch.images.merge == 4
+    assert 8 * batch.images.pixels_PC.nbytes == values.nbytes
     assert batch.images.grid_I3.tolist() == [[1, 8, 8]] * 5
     assert batch.lengths_B3[:, 1:].tolist() == [[8, 0]] * 4
     assert (batch.labels_T == IGNORE).all() and batch.pairs == 0

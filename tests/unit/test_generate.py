@@ -49,14 +49,16 @@ def requests(chat: LocalChat) -> list[Request]:
 def plain_greedy(chat: LocalChat, request: Request) -> str:
     """Token by token through the stock forward, without a cache, a batch or padding."""
     ids, said = chat._ids(request), []
+    pixels, grid = request.image
+    values = chat.processing.image_batch(pixels, [grid]).values("cpu")
     while len(said) < 8:
         row = torch.tensor([ids + said])
         logits_V = chat.lm(
             input_ids=row,
             attention_mask=torch.ones_like(row),
             mm_token_type_ids=(row == chat.processing.image_id).int(),
-            pixel_values=torch.from_numpy(request.image[0]),
-            image_grid_thw=torch.tensor([request.image[1]]),
+            pixel_values=values,
+            image_grid_thw=torch.tensor([grid]),
             use_cache=False,
         ).logits[0, -1]
         said.append(int(logits_V[: chat.words].argmax()))

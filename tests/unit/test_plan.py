@@ -179,6 +179,11 @@ def test_the_largest_batch_fits_and_the_next_does_not(match, load) -> None:
     assert not match.plan(load, fits | {"optim.batch_size": int(most * 1.1)}).fits
 
 
+def test_pixels_that_wait_on_the_host(match, load) -> None:
+    """8 GPUs, 8 workers each, 2 batches, 128 pairs, 4 patches a token of 14 x 14 x 3 bytes."""
+    assert match.waiting(load) == 8 * 8 * 2 * 128 * load.image_tokens * 4 * 14 * 14 * 3
+
+
 def test_two_nodes_wait_for_their_network() -> None:
     slow = planner("chunk.samples=2", gpus=16)
     plan = slow.plan(assume(slow.config, slow.model, None, None))
@@ -228,7 +233,7 @@ def test_what_is_read(capsys) -> None:
     for said in (
         "8 x NVIDIA H200, 1 node", "7.4 M of them trained", "assumed: 640 tokens an image",
         "40% of 989 TFLOP/s (assumed", "best       2: deepspeed=zero3_whole",
-        "1.00 with every graph kept",
+        "1.00 with every graph kept", "GB of pixels wait in the loaders of a node at most (8 ",
     ):  # fmt: skip
         assert said in text, text
     code, text = run(capsys, "--recipe", "qwen2_5_vl_3b-match", "--json")
