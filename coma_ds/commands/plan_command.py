@@ -182,8 +182,8 @@ def describe(planner, load, plans: list, price: float | None) -> str:
         f"moved      {chosen.gathered / GB:.1f} GB of weights "
         f"({chosen.gathered / planner.weight_bytes:.1f} times all of them) and "
         f"{chosen.reduced / GB:.2f} GB of gradients to a GPU each step",
-        f"host       {planner.waiting(load) / GB:.1f} GB of pixels wait in the loaders of a node at "
-        f"most ({config.data.workers} workers a GPU), in /dev/shm",
+        f"host       {planner.waiting(load) / GB:.1f} GB of pixels wait in the loaders of a node "
+        f"at most ({config.data.workers} workers a GPU), in /dev/shm",
         f"floors     executed/needed: {floors}",
         f"cost       {hours:.0f} GPU-hours{cost}, without evaluation and saving",
     ]
