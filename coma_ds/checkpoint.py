@@ -61,7 +61,7 @@ class Checkpoints:
 
     ``owned`` says whether the folder is still this run's: asked before a save and before it is
     published.  ``start`` tells what this one stages from what an older start still writes.
-    ``announce(step)`` is called by rank 0 after each.
+    ``announce(step)`` is called by rank 0 after each.  ``base``: where frozen weights came from.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class Checkpoints:
         owned: Callable[[], bool] = lambda: True,
         announce: Callable[[int], None] = lambda step: None,
         start: int = 0,
+        base: str = "",
     ) -> None:
-        self.folder, self.config, self.start = folder, config, start
+        self.folder, self.config, self.start, self.base = folder, config, start, base
         self._owned, self._announce = owned, announce
         self._thread: threading.Thread | None = None
         self._outcome: Published | None = None
@@ -105,9 +106,10 @@ class Checkpoints:
             if comm.rank() == 0:
                 shutil.rmtree(staging, ignore_errors=True)
             return Published(step, found[0])
+        frozen = engine.frozen_weights()
         manifest = Manifest(
-            step, comm.world_size(), engine.stage, {}, engine.frozen_weights(), metric,
-            self.config.best,
+            step, comm.world_size(), engine.stage, {}, frozen, metric, self.config.best,
+            self.base if frozen else "",
         )  # fmt: skip
         waited = time.monotonic() - began
         self._outcome = None
@@ -155,6 +157,8 @@ class Checkpoints:
             set_aside(target)
         staging.rename(target)
         sync(self.folder)
+        if not self._owned():  # by now: pointer and old checkpoints are the newer start's
+            return
         write_atomically(self.folder / POINTER, target.name)
         self._announce(manifest.step)
         settings = self.config
@@ -306,7 +310,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, base: str = "") -> int:
             f"checkpoint {checkpoint}: its {then.get('parameters', 0)} frozen parameters "
             f"({then.get('fingerprint')}) are not those of {base or 'the model'} "
             f"({now.get('parameters', 0)}, {now.get('fingerprint')}): give the model that the run "
-            "started from"
+            f"started from{f', {manifest.base}' if manifest.base else ''}"
         )
     return manifest.step
 

@@ -9,9 +9,18 @@ from coma_ds.recipe_files import parse_overrides
 
 _FORMATS = {  # the keys of data that a format reads, beside those that all of them do
     "builtin": ("length", "turns", "sources"),
-    "mmeb": ("root", "image_root", "sources", "split", "limit", "leave_out_empty", "bad_rows"),
-    "pairs": ("path", "image_root", "limit", "min_score", "columns", "bad_rows"),
-    "dialogues": ("path", "image_root", "limit", "bad_rows"),
+    "mmeb": (
+        "root",
+        "image_root",
+        "sources",
+        "split",
+        "limit",
+        "leave_out_empty",
+        "bad_rows",
+        "lengths",
+    ),
+    "pairs": ("path", "image_root", "limit", "min_score", "columns", "bad_rows", "lengths"),
+    "dialogues": ("path", "image_root", "limit", "bad_rows", "lengths"),
 }
 
 

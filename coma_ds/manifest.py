@@ -25,8 +25,8 @@ UNIVERSAL = "universal-"  # a copy in DeepSpeed's form for any number of ranks, 
 @dataclass(frozen=True)
 class Manifest:
     """``files``: size in bytes and hash by name.  ``frozen``: what was left out, and where it is
-    (see ``Engine.frozen_weights``).  ``metric``: an evaluated value of this step, for ``best``, by
-    the name ``measure``."""
+    (see ``Engine.frozen_weights``), of the model ``base``.  ``metric``: an evaluated value of this
+    step, for ``best``, by the name ``measure``."""
 
     step: int
     world: int
@@ -35,6 +35,7 @@ class Manifest:
     frozen: dict = field(default_factory=dict)
     metric: float | None = None
     measure: str = ""
+    base: str = ""
 
 
 def step_name(step: int) -> str:

@@ -87,7 +87,7 @@ class Run:
         self.requests = Requests(self.folder, owned)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", config.checkpoint, owned, self.requests.announce,
-            start=mine.number if mine else 0,
+            start=mine.number if mine else 0, base=config.init_from or config.model.path,
         )  # fmt: skip
         self._mine, self._owned = mine, owned
         self.guard = Guard(config.guard, self.folder if keep and self.main else None)

@@ -34,7 +34,7 @@ torchrun | deepspeed) ;;
 esac
 
 for name in COMA_RANKS_PER_NODE COMA_MAX_RESTARTS COMA_DS_LEAD_SECONDS COMA_MASTER_PORT \
-    COMA_PREFLIGHT_SECONDS; do
+    COMA_PREFLIGHT_SECONDS COMA_ROOM_SECONDS; do
     if [[ -n ${!name:-} && ! ${!name} =~ ^(0|[1-9][0-9]*)$ ]]; then
         fail "$name is '${!name}': expected a whole number"
     fi
@@ -103,6 +103,7 @@ export COMA_DS_CONTROL=$COMA_SHARED/jobs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export COMA_DS_LEAD_SECONDS=${COMA_DS_LEAD_SECONDS:-300}
 export COMA_DS_RANK_REPORTS=$COMA_DS_CONTROL/ranks/$restarts
 export COMA_MAX_RESTARTS=${COMA_MAX_RESTARTS:-20}
+COMA_ROOM_SECONDS=${COMA_ROOM_SECONDS:-300}
 
 # ---- the job's folder
 
@@ -113,6 +114,20 @@ fi
 mkdir -p "$COMA_DS_RANK_REPORTS" "$COMA_DS_CONTROL/flight" ||
     fail "$COMA_DS_CONTROL cannot be made: COMA_SHARED must be a folder on all nodes"
 rm -f "$COMA_DS_CONTROL/stop" "$COMA_DS_RANK_REPORTS"/*
+
+has_room() {
+    { printf '%65536s' '' >"$COMA_DS_CONTROL/.room"; } 2>/dev/null || return 1
+    rm -f "$COMA_DS_CONTROL/.room"
+}
+waited=0
+while ! has_room; do
+    if ((waited >= COMA_ROOM_SECONDS)); then
+        fail "$COMA_DS_CONTROL has no room, as $(uname -n) sees it: make some (COMA_SHARED)"
+    fi
+    if ((waited == 0)); then say "waits for room at $COMA_DS_CONTROL, $COMA_ROOM_SECONDS s at most"; fi
+    sleep 5
+    waited=$((waited + 5))
+done
 
 published() { # the last published step, 0 without one
     local step=0
@@ -164,6 +179,12 @@ record() { # what this job is made of
     if git -C "$package" ls-files --error-unmatch train.py >/dev/null 2>&1; then
         git -C "$package" rev-parse HEAD >"$COMA_DS_CONTROL/commit.txt"
         git -C "$package/.." diff HEAD >"$COMA_DS_CONTROL/diff.patch" || true
+        local file
+        while IFS= read -r -d '' file; do # what git does not know yet
+            git -C "$package/.." diff --no-index -- /dev/null "$file" \
+                >>"$COMA_DS_CONTROL/diff.patch" || true
+        done < <(git -C "$package/.." ls-files --others --exclude-standard -z -- \
+            coma_ds kernels ds_configs slurm)
     else
         echo "no git at $package" >"$COMA_DS_CONTROL/commit.txt"
     fi
@@ -190,9 +211,15 @@ ask_to_stop() {
     is_newest || return 0
     if [[ -z $stopping ]]; then
         stopping=$1
-        say "$1: asked the ranks to save and stop"
+        local what='asked the ranks to save and stop'
+        if [[ -n $nothing_to_save ]]; then what='the evaluation is ended'; fi
+        say "$1: $what"
     fi
-    printf '%(%FT%T)T\n' -1 >"$COMA_DS_CONTROL/stop"
+    # on a full disk it is empty, which will do
+    { printf '%(%FT%T)T\n' -1 >"$COMA_DS_CONTROL/stop"; } 2>/dev/null || true
+    if [[ ! -e $COMA_DS_CONTROL/stop ]]; then
+        say "error: $COMA_DS_CONTROL/stop cannot be written: the ranks do not hear of it"
+    fi
 }
 seconds_left() {
     local end
@@ -274,9 +301,8 @@ requeue() { # REASON
 # Starts in a row, this one included, in which no step was published.
 idle_starts() {
     local count=0 start
-    touch "$COMA_DS_CONTROL/gained"
     while read -r start _; do
-        if grep -qx "$start" "$COMA_DS_CONTROL/gained"; then break; fi
+        if grep -qxs "$start" "$COMA_DS_CONTROL/gained"; then break; fi
         count=$((count + 1))
     done < <(tac "$COMA_DS_CONTROL/starts")
     echo "$count"
@@ -310,7 +336,8 @@ finish() { # CODE MESSAGE: what the ranks' end means for the job
         ;;
     esac
     # what a rank said is lost above what launchers and srun say of a fault
-    if [[ -n $message && $code != 85 ]]; then printf '\n%s\n' "$message" >&2; fi
+    # (an evaluation that is asked to stop is killed by this script, which is no fault)
+    if [[ -n $message && $code != 85 && ! (-n $nothing_to_save && -n $stopping) ]]; then printf '\n%s\n' "$message" >&2; fi
     if [[ -n $ended ]]; then # requeued by SLURM itself, where it is
         say "ended by SLURM at step $(published)"
         exit 143
@@ -352,7 +379,8 @@ preflight() { # ARGUMENTS: what to look at
 
 launch() { # ENTRY ARGUMENTS: the same on every node
     local code=0 message=''
-    printf '%s slots='"$COMA_RANKS_PER_NODE"'\n' "${names[@]}" >"$COMA_DS_CONTROL/hostfile"
+    printf '%s slots='"$COMA_RANKS_PER_NODE"'\n' "${names[@]}" >"$COMA_DS_CONTROL/hostfile" ||
+        fail "$COMA_DS_CONTROL cannot be written"
     run_step --job-name=ranks bash slurm/node.sh "$@" || true
     message=$("${python[@]}" -m coma_ds.rank_report "$COMA_DS_RANK_REPORTS" \
         0 $((nodes * COMA_RANKS_PER_NODE)) "$COMA_RANKS_PER_NODE" "${names[@]}") || code=$?
@@ -360,10 +388,17 @@ launch() { # ENTRY ARGUMENTS: the same on every node
 }
 
 begin() {
-    say "$SLURM_JOB_NAME $SLURM_JOB_ID, restart $restarts: $nodes node(s) $SLURM_JOB_NODELIST," \
+    local left task=${SLURM_ARRAY_TASK_ID:+ (task $SLURM_ARRAY_TASK_ID of array $SLURM_ARRAY_JOB_ID)}
+    say "$SLURM_JOB_NAME $SLURM_JOB_ID$task, restart $restarts: $nodes node(s) $SLURM_JOB_NODELIST," \
         "$COMA_RANKS_PER_NODE rank(s) each, $COMA_LAUNCHER; $COMA_DS_CONTROL"
+    left=$(seconds_left) || left=''
+    if [[ -n $left ]] && ((left <= COMA_DS_LEAD_SECONDS)); then
+        say "warning: $left s are left, and the warning of the end comes $COMA_DS_LEAD_SECONDS s" \
+            "before it, so at once: give more --time, or a shorter lead (--signal=B:USR1@60 and" \
+            "COMA_DS_LEAD_SECONDS=60)"
+    fi
     find_package
-    record
+    record || say 'warning: what this job is made of is not written down as a whole'
 }
 
 take_recipe() { # NAME: into recipe, of launch_train
@@ -402,6 +437,6 @@ launch_evaluate() { # RUN [OPTION ...]
     if [[ -z ${1:-} ]]; then fail 'evaluate: name the folder of a run'; fi
     nothing_to_save=' before its end'
     begin
-    preflight --run "$1"
+    preflight --evaluate "$@"
     launch -m coma_ds.commands.main evaluate "$@"
 }

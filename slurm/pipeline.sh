@@ -42,6 +42,16 @@ done
 name=${name:-demo}
 folder=${folder:-${COMA_SHARED:-$PWD/runs}/$name}
 
+# A wrong word for a later stage is told now, where this machine has the Python of the jobs.
+python=${COMA_PYTHON:-${COMA_VENV:+$COMA_VENV/bin/python}}
+if [[ -z $python && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
+python=${python:-python3}
+if [[ -z ${COMA_CONTAINER:-} ]] && "$python" -P -c 'import coma_ds, pydantic, yaml' 2>/dev/null; then
+    settle() { "$python" -P -m coma_ds.commands.main config --recipe "$@" >/dev/null || exit 2; }
+    settle "$name-compress" "output=$folder/compress" "${compress[@]}"
+    settle "$name-match" "output=$folder/match" "init_from=$folder/compress" "${match[@]}"
+fi
+
 submit() { # DEPENDENCY SCRIPT ARGUMENTS: the number of the job
     local after=() number
     if [[ -n $1 ]]; then after=("--dependency=afterok:$1" --kill-on-invalid-dep=yes); fi

@@ -14,11 +14,11 @@ from coma_ds.batch import IGNORE, Batch
 
 
 def _states(model, part: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final states of every position and their logits, [T, D] and [T, V]."""
+    """Final states of every position and their logits, [T, D] and [T, V], which nobody reads."""
     rows = torch.arange(len(part.input_ids_T))
     features = model.embed_images(part.images) if part.images is not None else None
     states = model.backbone.hidden_states(part, features, rows, "causal")
-    model.backbone.work.add(head_rows=len(rows))
+    model.backbone.work.add(graph=False, head_rows=len(rows))
     return states, F.linear(states, model.answers.weight)
 
 

@@ -27,10 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Write to stdout.  Raises ``ValueError`` for a recipe or an override that is wrong."""
+    if args.list:
+        sys.stdout.write(list_recipes())
+        return 0
     from coma_ds.config import dump, load_config
+    from coma_ds.effects import check_effect
 
-    text = list_recipes() if args.list else dump(load_config(args.recipe, args.overrides))
-    sys.stdout.write(text)
+    config = load_config(args.recipe, args.overrides)
+    check_effect(config, args.overrides)
+    sys.stdout.write(dump(config))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +49,12 @@ def read_run(folder: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return load_config(str(file), list(overrides))
 
 
-def execute(args: argparse.Namespace) -> int:
-    """Evaluate, print the table, write the results.  Raises ``ValueError`` for bad input."""
+def settle(args: argparse.Namespace) -> tuple[RunConfig, Path]:
+    """The config that is evaluated with, and the file of the results.
+
+    Raises ``ValueError`` for a folder that is no finished run, for a run of stage 1 with options of
+    stage 2, and where no results can be written.
+    """
     folder = Path(args.run)
     given = {"eval.root": args.root, "eval.image_root": args.image_root}
     given["eval.batch_size"] = args.batch_size
@@ -62,13 +67,25 @@ def execute(args: argparse.Namespace) -> int:
             f"{folder} has no model/: the run is not finished; "
             "coma-ds export writes it from the newest checkpoint"
         )
-    file = Path(args.output) if args.output else folder / "results.json"
-    before = read_results(file)
-    ranking = config.objective == "match"
-    if not ranking and (args.sets or args.root):
+    if config.objective != "match" and (args.sets or args.root):
         raise ValueError(
             f"{folder} is a run of stage 1, which has no ranking sets: leave --sets and --root out"
         )
+    file = Path(args.output) if args.output else folder / "results.json"
+    read_results(file)
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise ValueError(
+            f"{file} cannot be written: {file.absolute().parent} is read-only here; --output names "
+            "another place"
+        )
+    return config, file
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Evaluate, print the table, write the results.  Raises ``ValueError`` for bad input."""
+    config, file = settle(args)
+    folder, before = Path(args.run), read_results(file)
+    ranking = config.objective == "match"
 
     from coma_ds import comm, engine, hardware
     from coma_ds.evaluation import summed_up, write_results

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 import socket
@@ -13,13 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coma_ds.commands.preflight_inputs import (
+    check_data,
+    check_sets,
+    evaluated_config,
+    recipe_config,
+)
 from coma_ds.versions import package_versions, versions
 
 if TYPE_CHECKING:
@@ -31,7 +36,6 @@ examples:
   coma-ds preflight --recipe demo-compress
   srun --ntasks-per-node=1 coma-ds preflight --recipe qwen2_5_vl_3b-match output=/shared/run"""
 
-ROWS, OPENED = 100, 4  # of each source: images found, and decoded
 GIB = 2**30
 
 
@@ -69,7 +73,12 @@ class Facts:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this command."""
     parser.add_argument("--recipe", default="demo-compress", help="as for train")
-    parser.add_argument("--run", metavar="RUN", help="a finished run that is to be evaluated")
+    parser.add_argument(
+        "--evaluate",
+        nargs=argparse.REMAINDER,
+        metavar="RUN ...",
+        help="a finished run that is to be evaluated, with the options of coma-ds evaluate",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="a value in place of the recipe's"
     )
@@ -84,14 +93,15 @@ def execute(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="coma-ds-") as scratch:
         place = read_place(dict(os.environ), Path(scratch))
         try:
-            config = None if args.run else recipe_config(args)
+            config = None if args.evaluate else recipe_config(args)
         except ValueError:  # the same on all nodes: said once, without a name
             if place.number:
                 return 2
             raise
         try:
-            config = config or run_config(Path(args.run))
-            said = look(place, config, began + place.seconds)
+            config = config or evaluated_config(args.evaluate)
+            check = check_sets if args.evaluate else check_data
+            said = look(place, config, began + place.seconds, check)
         except ValueError as error:
             raise ValueError(f"{place.name}: {error}") from None
     if said is None:
@@ -99,26 +109,6 @@ def execute(args: argparse.Namespace) -> int:
     if place.number == 0:
         sys.stderr.write(f"preflight: {said}, {time.monotonic() - began:.1f} s\n")
     return 0
-
-
-def recipe_config(args: argparse.Namespace) -> RunConfig:
-    """The config that ``train`` would resolve.  Raises ``ValueError`` as that does."""
-    from coma_ds.config import load_config
-    from coma_ds.effects import check_effect
-
-    config = load_config(args.recipe, args.overrides)
-    check_effect(config, args.overrides)
-    return config
-
-
-def run_config(folder: Path) -> RunConfig:
-    """The config of a finished run.  Raises ``ValueError`` where there is none."""
-    from coma_ds.commands.evaluate_command import read_run
-
-    config = read_run(folder)
-    if not (folder / "model" / "config.json").is_file():
-        raise ValueError(f"{folder} has no model/: the run is not finished")
-    return config.model_copy(update={"output": str(folder)})
 
 
 def read_place(environment: dict[str, str], scratch: Path) -> Place:
@@ -137,8 +127,11 @@ def read_place(environment: dict[str, str], scratch: Path) -> Place:
     )
 
 
-def look(place: Place, config: RunConfig, deadline: float) -> str | None:
-    """Every check in turn: what is light first.  None when another node has a problem.
+def look(
+    place: Place, config: RunConfig, deadline: float, check: Callable[[RunConfig], None]
+) -> str | None:
+    """Every check in turn: what is light first, ``check`` of the data last.  None when another node
+    has a problem.
 
     Raises ``ValueError`` for one of this node, or of all.
     """
@@ -164,15 +157,15 @@ def look(place: Place, config: RunConfig, deadline: float) -> str | None:
         try:
             devices = check_devices(place)
             took = all_reduce(place, deadline)
-            if config.data.format != "builtin":
-                check_data(config)
+            check(config)
         except ValueError as error:
             leave(folder, place, Facts(**asdict(mine) | {"problem": str(error)}))
             raise
         if place.number == 0:
             record(place, config, mine)
     finally:
-        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written has none
+            mark.unlink(missing_ok=True)
     return (
         f"{len(place.names)} node(s), {place.ranks} rank(s) each on {devices}, all-reduce "
         f"{1000 * took:.0f} ms, {free:.0f} GiB free at {config.output}, commit {mine.commit}"
@@ -197,15 +190,22 @@ def check_output(mark: Path, free_gib: float) -> float:
 
 def commit() -> str:
     """The commit of the code, with ``+`` when files differ from it; ``-`` without git."""
-    root = str(Path(__file__).parents[2])
+    git = ["git", "-C", str(Path(__file__).parents[2])]
+
+    def said(*words: str) -> str:
+        return subprocess.run(
+            [*git, *words], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
     try:
-        words = ["git", "-C", root, "describe", "--always", "--abbrev=12", "--dirty=+"]
-        done = subprocess.run(
-            [*words, "--exclude=*"], capture_output=True, text=True, timeout=20, check=True
+        found = said("describe", "--always", "--abbrev=12", "--exclude=*")
+        code = ("coma_ds", "kernels", "ds_configs", "slurm")  # new files there count as well
+        changed = said("diff", "HEAD", "--name-only") or said(
+            "ls-files", "--others", "--exclude-standard", "--", *code
         )
     except (OSError, subprocess.SubprocessError):
         return "-"
-    return done.stdout.strip()
+    return f"{found}{'+' if changed else ''}"
 
 
 def code_digest() -> str:
@@ -360,29 +360,6 @@ def all_reduce(place: Place, deadline: float) -> float:
     if not right:
         raise ValueError("an all-reduce gave a wrong sum")
     return took
-
-
-def check_data(config: RunConfig) -> None:
-    """Raise ``ValueError`` when a sample of the training data or its images is not here.
-
-    Where the config allows bad rows, more than that share of the sample.
-    """
-    from coma_ds.assemble import build_sources
-    from coma_ds.checks import BadRows
-
-    bad = BadRows(config.data.bad_rows)
-    for name, reader in build_sources(config).items():
-        count = min(ROWS, len(reader))
-        rows = [number * len(reader) // count for number in range(count)]
-        bad.look(name, rows, partial(_check_row, reader, set(rows[:: max(1, count // OPENED)])))
-    logging.getLogger("coma_ds").setLevel(logging.ERROR)  # the trainer warns of the others
-    bad.judge()
-
-
-def _check_row(reader: Sequence, decoded: set[int], row: int) -> None:
-    from coma_ds.data.images import check_pictures
-
-    check_pictures(reader[row], decoded=row in decoded)
 
 
 def record(place: Place, config: RunConfig, facts: Facts) -> None:

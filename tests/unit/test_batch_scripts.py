@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,57 @@ def test_starts_in_which_nothing_was_gained(job, tmp_path, starts, gained, idle)
     assert done.stdout == f"{idle}\n", done.stderr
 
 
+FULL = """
+source slurm/common.sh
+end_step() { :; }
+hard_timer() { :; }
+rm -f "$COMA_DS_CONTROL/stop"
+ln -s "$1" "$COMA_DS_CONTROL/stop"
+on_usr1
+echo alive
+"""
+
+
+def test_a_full_disk_does_not_end_a_job_that_is_to_stop(job):
+    """The file is there, if empty; where it cannot be, that is said."""
+    for target, said in (("/dev/full", ""), ("/none/there", "cannot be written: the ranks do not")):
+        call = ["bash", "-c", FULL, "bash", target]
+        done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout == "alive\n", done.stderr
+        assert said in done.stderr and ("error" in done.stderr) == bool(said)
+
+
+@pytest.mark.parametrize("seconds", ["0", "5"])
+def test_a_job_that_starts_on_a_full_disk_says_so(job, tmp_path, seconds):
+    control = tmp_path / "shared" / "jobs" / "j-1"
+    control.mkdir(parents=True)
+    (control / ".room").symlink_to("/dev/full")
+    more = {"SLURM_RESTART_COUNT": "1", "COMA_ROOM_SECONDS": seconds}
+    call = ["bash", "-c", "source slurm/common.sh; echo alive"]
+    done = subprocess.run(call, cwd=ROOT, env=job | more, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"job: error: {control} has no room, as ") and "COMA_SHARED" in last
+    assert ("waits for room" in done.stderr) == (seconds == "5")
+    assert not (control / "starts").exists()
+
+
+def test_what_git_does_not_know_is_in_the_patch(job, tmp_path):
+    package = tmp_path / "repository" / "coma_ds"
+    package.mkdir(parents=True)
+    (package / "train.py").write_text("old\n")
+    git = ["git", "-C", str(package.parent), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    (package / "train.py").write_text("new\n")
+    (package / "more.py").write_text("unknown\n")
+    script = 'source slurm/common.sh; package=$0; record; cat "$COMA_DS_CONTROL/diff.patch"'
+    call = ["bash", "-c", script, str(package)]
+    done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "-old\n+new\n" in done.stdout and "+unknown\n" in done.stdout
+
+
 END = """
 source slurm/common.sh
 end_step() { echo 'the step is ended'; }
@@ -185,6 +237,26 @@ def test_submitted_from_elsewhere(tmp_path: Path, name: str):
     done = subprocess.run([script], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: submit from the root of the repository\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("match:optim.sise=3", "unknown key 'optim.sise'"),
+        ("match:compress.loss=kl", "override compress.loss has no effect with objective 'match'"),
+        ("compress:match.symmetric=true", "override match.symmetric has no effect"),
+    ],
+)
+def test_the_pipeline_checks_all_stages_before_it_submits_one(tmp_path: Path, word, said):
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\ntouch {tmp_path}/called\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMA_PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", "slurm/pipeline.sh", "demo", f"output={tmp_path}/run", word],
+        cwd=ROOT, env=os.environ | path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and said in done.stderr
+    assert not (tmp_path / "called").exists()
 
 
 @pytest.mark.parametrize("refused", [1, 2, 3])

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from coma_ds.batch import IGNORE
 from coma_ds.bench import gpu, usual
 from coma_ds.bench.clock import Clock
 from coma_ds.bench.made import Counts, Maker
+from coma_ds.config import CompressConfig, MatchConfig
+from coma_ds.objectives.compress import Compress
+from coma_ds.objectives.match import Match
+from coma_ds.planning.flops import ModelFlops
 from tests.distributed.harness import run_world
-from tests.tiny import FIRST_ID, IMAGE_ID, K, tiny_config
+from tests.tiny import FIRST_ID, IMAGE_ID, K, PlainEngine, tiny_config, tiny_model
 
 SMALL = Counts(sides=(2, 4), words=(4, 9), said=(3, 6))
 RECIPES = {"match": "demo-match", "compress": "demo-compress"}
@@ -61,6 +66,23 @@ def test_what_is_executed_is_what_a_way_is_about(found) -> None:
     assert match["padded, torch's attention"] > match["no graph kept"]
     assert match["usual"] == max(match.values()) > 2
     assert compress["ours"] < 1.1 < compress["with checkpoints"] < compress["usual"]
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+def test_the_rivals_work_is_counted_in_full(stage) -> None:
+    """As torch counts it, logits that nobody reads included; similarities are left out."""
+    matching = stage == "match"
+    model = tiny_model(matching=matching).train()
+    model.backbone.carrier, model.backbone.arithmetic = "dense", "matmul"
+    maker = Maker(model.backbone.lm.config, FIRST_ID, K, SMALL)
+    batch = maker.pairs(5, 0) if matching else maker.dialogues(5, 0)
+    objective = Match(MatchConfig()) if matching else Compress(CompressConfig())
+    with FlopCounterMode(display=False) as counter:
+        getattr(usual, stage)(PlainEngine(model), objective, batch, 2)
+    counted = counter.get_total_flops()
+    counted -= 6 * batch.pairs**2 * model.backbone.width
+    executed = ModelFlops.of(model).executed(model.backbone.work.take())
+    assert executed == pytest.approx(counted, rel=1e-3)
 
 
 def test_times_by_part_name_all_of_a_step(found) -> None:

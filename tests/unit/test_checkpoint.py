@@ -105,6 +105,26 @@ def test_an_older_start_publishes_nothing(tmp_path, told, looks):
     assert not list(tmp_path.glob("staging-*"))
 
 
+def test_an_older_start_prunes_nothing(tmp_path, told):
+    """Its folder was taken while the new checkpoint got its name."""
+    settings = CheckpointConfig(keep_last=1)
+    save(Checkpoints(tmp_path, settings, announce=told.append), 1)
+    mine = iter([True, True, False])
+    older = Checkpoints(tmp_path, settings, lambda: next(mine), told.append)
+    assert save(older, 2).problem == ""
+    assert [p.name for p in published(tmp_path)] == ["step-00000002", "step-00000001"]
+    assert (tmp_path / "latest").read_text() == "step-00000001" and told == [1]
+
+
+def test_the_manifest_names_the_base_of_what_was_left_out(tmp_path):
+    for frozen, base in (({"parameters": 3, "fingerprint": "f"}, "some/base"), ({}, "")):
+        engine = Shards()
+        engine.frozen_weights = lambda frozen=frozen: frozen
+        folder = tmp_path / (base.replace("/", "-") or "none")
+        save(Checkpoints(folder, CheckpointConfig(), base="some/base"), 1, engine)
+        assert read_manifest(published(folder)[0]).base == base
+
+
 def test_two_starts_do_not_write_into_one_folder(tmp_path):
     """The older one, which lives on, cannot mix its shards with those of the newer."""
     staged, saving = [], []

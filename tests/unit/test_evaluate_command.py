@@ -103,6 +103,14 @@ def test_a_bad_output_is_told_before_the_work(tmp_path, asked, capsys, name, tex
     assert error.startswith("error: ") and said.format(tmp_path) in error and not asked
 
 
+def test_a_read_only_place_is_told_before_the_work(tmp_path, asked, capsys, monkeypatch):
+    """Root may write anywhere but on a file system that is read-only, as ``access`` says."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert run(["evaluate", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "results.json cannot be written" in said and "is read-only here" in said and not asked
+
+
 @pytest.mark.parametrize(
     ("text", "stays"),
     [('{"step": 4}', True), ('{"step": 3}', False), ("{}", False), ("{", False), ("[]", False)],

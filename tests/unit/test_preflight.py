@@ -15,8 +15,9 @@ import pytest
 from coma_ds.commands import preflight_command as preflight
 from coma_ds.commands.main import run
 from coma_ds.commands.preflight_command import Facts, Place
-from coma_ds.config import load_config
+from coma_ds.config import dump, load_config
 from tests.distributed.harness import free_port
+from tests.folders import mmeb_folder
 
 SAME = Facts("node1", "abc", "d1", {"python": "3.11", "torch": "2.13"})
 
@@ -280,5 +281,61 @@ def test_a_wrong_config_is_said_by_one_node(capsys, monkeypatch, alone, number, 
 
 
 def test_a_run_that_is_to_be_evaluated(tmp_path, capsys, alone):
-    assert run(["preflight", "--run", str(tmp_path)]) == 2
+    assert run(["preflight", "--evaluate", str(tmp_path)]) == 2
     assert "is no run: there is no config.yaml in it" in capsys.readouterr().err
+    assert run(["preflight", "--evaluate", str(tmp_path), "--batch-size", "many"]) == 2
+    assert "argument --batch-size: invalid int value" in capsys.readouterr().err
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """A run on pairs whose images are gone by now."""
+    config = load_config("demo-control", [*pairs(tmp_path), "init_from=null"])
+    folder = tmp_path / "run"
+    (folder / "model").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(config))
+    (folder / "model" / "config.json").write_text("{}")
+    return folder
+
+
+def test_an_evaluation_needs_its_own_data_and_no_other(tmp_path, capsys, alone, finished):
+    """Not the images of the training; those of the sets, and a place for the results."""
+    root = tmp_path / "sets"
+    mmeb_folder(root)
+    words = ["preflight", "--evaluate", str(finished), "--root", str(root)]
+    assert run(words) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    (root / "images" / "3.png").unlink()
+    assert run(words) == 2 and "3.png" in capsys.readouterr().err
+    assert run([*words, "--output", f"{tmp_path}/none/x.json"]) == 2
+    assert "--output names a file" in capsys.readouterr().err
+    assert not list(tmp_path.rglob(".preflight-*"))
+
+
+def test_an_output_that_is_no_folder_is_one_sentence(tmp_path, capsys, alone):
+    (tmp_path / "file").write_text("")
+    assert run(["preflight", "--recipe", "demo-compress", f"output={tmp_path}/file"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "cannot be written" in said and said.count("\n") == 1
+
+
+def test_new_files_of_the_code_count_as_a_change(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
+
+    folder = tmp_path / "coma_ds" / "commands"
+    folder.mkdir(parents=True)
+    (folder / "preflight_command.py").write_text("")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(preflight, "__file__", str(folder / "preflight_command.py"))
+    (tmp_path / "notes.txt").write_text("of no matter")
+    clean = preflight.commit()
+    assert len(clean) == 12
+    (tmp_path / "coma_ds" / "new.py").write_text("")
+    assert preflight.commit() == f"{clean}+"
+    (tmp_path / "coma_ds" / "new.py").unlink()
+    (folder / "preflight_command.py").write_text("changed")
+    assert preflight.commit() == f"{clean}+"

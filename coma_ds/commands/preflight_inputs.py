@@ -1,0 +1,82 @@
+"""What a job will read: its config, and the data that every node must see."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coma_ds.config import RunConfig
+
+ROWS, OPENED = 100, 4  # of each source: images found, and decoded
+
+
+def recipe_config(args: argparse.Namespace) -> RunConfig:
+    """The config that ``train`` would resolve.  Raises ``ValueError`` as that does."""
+    from coma_ds.config import load_config
+    from coma_ds.effects import check_effect
+
+    config = load_config(args.recipe, args.overrides)
+    check_effect(config, args.overrides)
+    return config
+
+
+def evaluated_config(words: list[str]) -> RunConfig:
+    """The config of a finished run as ``coma-ds evaluate`` takes it; ``output`` is the folder of
+    the results.  Raises ``ValueError`` where there is no such run, or for wrong options."""
+    from coma_ds.commands import evaluate_command
+
+    parser = argparse.ArgumentParser(prog="evaluate", allow_abbrev=False, exit_on_error=False)
+    evaluate_command.add_arguments(parser)
+    try:
+        args = parser.parse_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"evaluate: {error}") from None
+    config, file = evaluate_command.settle(args)
+    sets = config.eval.model_copy(update={"sets": tuple(args.sets) or config.eval.sets})
+    return config.model_copy(update={"output": str(file.absolute().parent), "eval": sets})
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise ``ValueError`` when a sample of the training data or its images is not here.
+
+    Where the config allows bad rows, more than that share of the sample.
+    """
+    if config.data.format == "builtin":
+        return
+    from coma_ds.assemble import build_sources
+    from coma_ds.checks import BadRows
+
+    bad = BadRows(config.data.bad_rows)
+    for name, reader in build_sources(config).items():
+        count = min(ROWS, len(reader))
+        rows = [number * len(reader) // count for number in range(count)]
+        bad.look(name, rows, partial(_check_row, reader, set(rows[:: max(1, count // OPENED)])))
+    logging.getLogger("coma_ds").setLevel(logging.ERROR)  # the trainer warns of the others
+    bad.judge()
+
+
+def check_sets(config: RunConfig) -> None:
+    """Raise ``ValueError`` when a set that is to be evaluated, or one of a sample of its images, is
+    not here."""
+    if config.objective != "match" or config.eval.root is None:
+        return
+    from coma_ds.assessment import load_tasks
+    from coma_ds.data.images import FilePicture
+
+    for task in load_tasks(config, Path(config.output)):
+        sides = [*task.queries, *task.pool]
+        for side in sides[:: max(1, len(sides) // ROWS)]:
+            for picture in side.images:
+                if isinstance(picture, FilePicture):
+                    picture.check_exists()
+
+
+def _check_row(reader: Sequence, decoded: set[int], row: int) -> None:
+    from coma_ds.data.images import check_pictures
+
+    check_pictures(reader[row], decoded=row in decoded)
