@@ -32,6 +32,8 @@ MOST = 2**20  # records of a GPU
 RESERVED = 2.0 * GIB  # what CUDA, NCCL and cuBLAS take for themselves
 USABLE = 0.96  # of a card: the rest is lost between blocks
 OVERLAP = 0.7  # of what is moved while there is something to compute, and the other way round
+FEW = 3.0  # times that the weights may be moved in a step
+HALF = 512  # tokens of a chunk at which a GPU reaches half of its rate (assumed)
 TOWER = (10, 4)  # rows of the tower's width, and of its inner width, that a pass holds a patch
 
 
@@ -61,7 +63,8 @@ class Plan:
     largest_chunk: int
     executed: float  # FLOPs of a GPU
     needed: float
-    gathered: float  # bytes that a GPU receives
+    gathered: float  # bytes that a GPU receives,
+    times: float  # the same in weights of the whole model
     reduced: float
     computing: float
     moving: float
@@ -189,8 +192,11 @@ class Planner:
             executed=executed,
             needed=needed,
             gathered=gathered,
+            times=gathered / self.weight_bytes,
             reduced=reduced,
-            computing=executed / (machine.card.tflops * 1e12 * machine.card.share),
+            computing=executed
+            * (1 + HALF / size)
+            / (machine.card.tflops * 1e12 * machine.card.share),
             moving=self._moving(gathered + reduced),
             capacity=capacity,
             notes=notes,
@@ -328,12 +334,14 @@ class Planner:
 
 
 def best(plans: list[Plan]) -> Plan | None:
-    """The fastest that fits; of those within a hundredth, the one that takes the least memory."""
+    """The fastest that fits; of those within a hundredth, one that moves the weights three times
+    at most, and of these the one that takes the least memory."""
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return None
     quick = min(plan.seconds for plan in fitting)
-    return min((p for p in fitting if p.seconds <= 1.01 * quick), key=lambda plan: plan.total)
+    near = (plan for plan in fitting if plan.seconds <= 1.01 * quick)
+    return min(near, key=lambda plan: (plan.times > FEW, plan.total))
 
 
 def _with(config: RunConfig, key: str, value: object) -> RunConfig:

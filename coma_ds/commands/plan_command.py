@@ -180,7 +180,7 @@ def describe(planner, load, plans: list, price: float | None) -> str:
         f"time       {config.optim.batch_size / chosen.seconds:.1f} {records}/s, "
         f"{chosen.computing:.2f} s of arithmetic and {chosen.moving:.2f} s of network a step",
         f"moved      {chosen.gathered / GB:.1f} GB of weights "
-        f"({chosen.gathered / planner.weight_bytes:.1f} times all of them) and "
+        f"({chosen.times:.1f} times all of them) and "
         f"{chosen.reduced / GB:.2f} GB of gradients to a GPU each step",
         f"host       {planner.waiting(load) / GB:.1f} GB of pixels wait in the loaders of a node "
         f"at most ({config.data.workers} workers a GPU), in /dev/shm",
@@ -221,7 +221,7 @@ def compare(planner, plan, run: Path) -> dict:
     took = batch / median("samples_per_second")
     share = median("tflops_per_second") / card.tflops
     memory = max(values["memory_mib"] for values in steps) / 1024
-    rated = replace(plan, computing=plan.executed / (card.tflops * 1e12 * share))
+    rated = replace(plan, computing=plan.computing * card.share / share)
     found = {
         "seconds": took,
         "seconds_error": plan.seconds / took - 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -144,7 +145,9 @@ def test_kept_graphs_and_whole_weights_save_what_they_should(match, load) -> Non
     for plan in plans:
         assert plan.fits and plan.total < plan.capacity and plan.binds == "arithmetic"
     assert auto.kept > 0 and auto.executed < plain.executed
-    assert best(plans) is whole
+    assert best(plans) is whole and whole.times == pytest.approx(7 / 8) and auto.times > 5
+    slow = replace(whole, computing=1.1 * whole.computing)
+    assert best([plain, auto, slow]).times > 3
 
 
 def test_a_large_world_keeps_every_graph() -> None:
