@@ -13,7 +13,8 @@ help:
 	@echo 'make demo-base  train the model that the demo starts from again (hours)'
 	@echo 'make test       linter and tests (half an hour on 2 cores; 8 minutes more with SLURM)'
 	@echo 'make test-cluster  those on a SLURM of virtual nodes alone (needs root; installs SLURM)'
-	@echo 'make soak       100 SIGKILLs over one run, whose end must be that of one left alone (an hour)'
+	@echo 'make soak       100 SIGKILLs over one run, whose end must be that of one left alone (an hour;'
+	@echo '                SOAK=FOLDER takes its report, default runs/soak)'
 	@echo 'make lint       linter only'
 	@echo 'make clean      remove build products and caches; runs/ and $(VENV) stay'
 

@@ -272,11 +272,14 @@ def _collect_hashes(staging: Path, world: int) -> dict[str, tuple[int, str]]:
     return files
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, base: str = "") -> int:
+def load_checkpoint(
+    engine: Engine, checkpoint: Path, base: str = "", scratch: Path | None = None
+) -> int:
     """Load a published checkpoint; the step to go on with.
 
-    One of another world size or ZeRO stage is converted first.  ``base`` is the model that the
-    frozen weights were read from now, for messages.  Raises ``ValueError`` where DeepSpeed cannot
+    One of another world size or ZeRO stage is converted first, in the folder ``scratch`` (default:
+    where it lies).  ``base`` is the model that the frozen weights were read from now, for messages.
+      Raises ``ValueError`` where DeepSpeed cannot
     convert, and when the frozen weights, which a checkpoint leaves out, are not those that it was
     trained with.
     """
@@ -297,7 +300,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, base: str = "") -> int:
             "converting %s: %d rank(s) at ZeRO stage %d -> %d at stage %d", checkpoint,
             manifest.world, manifest.stage, comm.world_size(), engine.stage,
         )  # fmt: skip
-        universal = comm.decide(lambda: convert(checkpoint))
+        universal = comm.decide(lambda: convert(checkpoint, scratch))
         try:
             engine.load_universal(universal.parent, universal.name)
         finally:
@@ -315,13 +318,15 @@ def load_checkpoint(engine: Engine, checkpoint: Path, base: str = "") -> int:
     return manifest.step
 
 
-def convert(checkpoint: Path) -> Path:
-    """A copy of a checkpoint in DeepSpeed's universal form, one file for each state of a weight.
+def convert(checkpoint: Path, scratch: Path | None = None) -> Path:
+    """A copy of a checkpoint in DeepSpeed's universal form, one file for each state of a weight, in
+    the folder ``scratch`` or beside it.
 
     Raises ``ValueError`` with the last words of the conversion when that fails.
     """
-    target = checkpoint.with_name(UNIVERSAL + checkpoint.name)
+    target = (scratch or checkpoint.parent) / (UNIVERSAL + checkpoint.name)
     shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(checkpoint.absolute()), "--inject_missing_state"]
     command += ["--output_folder", str(target.absolute())]

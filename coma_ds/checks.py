@@ -187,6 +187,7 @@ def check_evaluation(config: RunConfig, collator: Collator, thorough: bool) -> N
     """Read what the run evaluates: its sets, or its questions; ``ValueError`` for what is wrong."""
     if not (config.eval.at_end or config.eval.every):
         return
+    check_names(config)
     if config.objective == "compress":
         if config.eval.path:
             questions = bottleneck_questions(config)
@@ -194,7 +195,6 @@ def check_evaluation(config: RunConfig, collator: Collator, thorough: bool) -> N
                 collator.dialogues(questions[start : start + AT_A_TIME], prompt_only=True)
             swap_images(questions)
         return
-    check_names(config)
     if config.data.format == "builtin" and not config.eval.root:
         check_place(Path(config.output).parent / "evaluation_sets")
     if config.eval.root:
@@ -209,8 +209,12 @@ def check_evaluation(config: RunConfig, collator: Collator, thorough: bool) -> N
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise ``ValueError`` for a name in ``eval.sets`` or ``eval.along`` that has no set."""
-    root = config.eval.root
+    """Raise ``ValueError`` for a name in ``eval.sets`` or ``eval.along`` that has no set, or a
+    ``checkpoint.best`` that no evaluation on the way gives."""
+    root, best = config.eval.root, config.checkpoint.best
+    ways = ("/tokens", "/visible", "/blind")
+    if config.objective == "compress" and best and not best.endswith(ways):
+        raise ValueError(f"checkpoint.best {best!r}: stage 1 measures KIND{', KIND'.join(ways)}")
     if config.objective != "match" or (root is None and config.data.format != "builtin"):
         return
     names = (
@@ -224,6 +228,12 @@ def check_names(config: RunConfig) -> None:
                     f"eval.{key}: {name!r} is not in {root or 'the built-in data'}{recipe}: it has "
                     f"{', '.join(names)}"
                 )
+    on_the_way = config.eval.along or config.eval.sets or names
+    if best and best not in on_the_way and not best.startswith(("group/", "width/")):
+        raise ValueError(
+            f"checkpoint.best {best!r} is not measured on the way: there are group/All (and the "
+            f"other groups), {', '.join(on_the_way)}"
+        )
 
 
 def check_task(task: RankingTask, collator: Collator) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from coma_ds.config import RunConfig
 from coma_ds.recipe_files import parse_overrides
+
+CONTROL = "COMA_DS_CONTROL"  # where a job of a cluster finds its folder
+JOB_CHECKPOINTS = 10  # of its run
 
 _FORMATS = {  # the keys of data that a format reads, beside those that all of them do
     "builtin": ("length", "turns", "sources"),
@@ -22,6 +26,15 @@ _FORMATS = {  # the keys of data that a format reads, beside those that all of t
     "pairs": ("path", "image_root", "limit", "min_score", "columns", "bad_rows", "lengths"),
     "dialogues": ("path", "image_root", "limit", "bad_rows", "lengths"),
 }
+
+
+def in_a_job(config: RunConfig) -> RunConfig:
+    """A job of a cluster that is told of no checkpoints publishes some: it may end at any time."""
+    if CONTROL not in os.environ or config.checkpoint.every:
+        return config
+    every = max(1, config.optim.steps // JOB_CHECKPOINTS)
+    settings = config.checkpoint.model_copy(update={"every": every})
+    return config.model_copy(update={"checkpoint": settings})
 
 
 def check_effect(config: RunConfig, overrides: list[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -133,7 +134,8 @@ def surplus(folder: Path, *, keep_last: int, keep_every: int, best: str = "") ->
     nothing and stays.
     """
     found = [(path, manifest) for path in published(folder) if (manifest := whole(path))]
-    measured = [m for _, m in found if m.metric is not None and m.measure == best]
+    metrics = [m for _, m in found if m.metric is not None and m.measure == best]
+    measured = [m for m in metrics if not math.isnan(m.metric)]
     top = max(measured, key=lambda m: (m.metric, m.step)).step if measured else None
     return [
         path

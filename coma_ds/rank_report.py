@@ -120,7 +120,8 @@ def main(argv: list[str]) -> int:
     nodes, each = argv[4:], int(argv[3]) if argv[3:] else 1
     names = [nodes[rank // each] for rank in ranks] if nodes else []
     failed = folder / "failed"  # the nodes in the order in which they failed (slurm/node.sh)
-    first_node = failed.read_text().split()[0] if failed.is_file() else ""
+    words = failed.read_text().split() if failed.is_file() else []  # empty on a full disk
+    first_node = words[0] if words else ""
     code, message = outcome(read_reports(folder), ranks, names, first_node)
     if message:
         sys.stdout.write(f"{message}\n")

@@ -126,6 +126,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
         f"images     {low} to {high} image tokens each",
         f"batch      {batch} = {world} x {batch // world}, in chunks of at most {budget}",
         f"steps      {config.optim.steps}, lr {config.optim.lr:g} {config.optim.schedule}, "
-        f"clip {config.optim.clip:g}",
+        f"clip {config.optim.clip:g}"
+        + (f", a checkpoint every {config.checkpoint.every}" if config.checkpoint.every else ""),
         f"data       {sources}",
     ]

@@ -35,7 +35,7 @@ from coma_ds.engine import Engine, StepResult
 from coma_ds.evaluation import format_table, write_results
 from coma_ds.guard import SKIPPED_FILE, Guard
 from coma_ds.hardware import memory_mib
-from coma_ds.manifest import read_manifest
+from coma_ds.manifest import published, read_manifest
 from coma_ds.metrics import Monitor, flatten, keep_before
 from coma_ds.ownership import owns
 from coma_ds.report import describe_run
@@ -153,7 +153,8 @@ class Run:
         last = own and step == config.optim.steps
         if comm.decide(lambda: last and run_folder.is_finished(config)):
             raise Finished(self.folder, step)
-        load_checkpoint(engine, path, config.init_from or config.model.path)
+        base = config.init_from or config.model.path
+        load_checkpoint(engine, path, base, self.checkpoints.folder)
         self._give_way()
         comm.decide(lambda: run_folder.go_back(self.folder, step if own else -1))
         state = json.loads((path / STATE).read_text())
@@ -263,9 +264,11 @@ class Run:
             log.info("step %d/%d  %s", done, config.optim.steps, words)
 
     def evaluation_is_due(self, done: int) -> bool:
-        """True after the steps that ``eval.every`` says, not after the last one."""
-        every = self.config.eval.every
-        return self.keep and bool(every) and done % every == 0 and done < self.config.optim.steps
+        """True after the steps that ``eval.every`` says; after the last one, which is measured in
+        the end, where the best checkpoint is looked for."""
+        every, end = self.config.eval.every, done == self.config.optim.steps
+        due = self.keep and bool(every) and done % every == 0
+        return due and (not end or bool(self.config.checkpoint.best))
 
     def checkpoint_is_due(self, done: int) -> bool:
         """True after the steps that ``checkpoint.every`` says, after the last one, and where
@@ -304,7 +307,8 @@ class Run:
     def obey(self, engine: Engine, done: int) -> None:
         """Save, or end the run, where that is asked for.
 
-        Raises ``Stopped`` with the exit code; ``ValueError`` when what is asked for fails.
+        Raises ``Stopped`` with the exit code, also where the disk is full: the run goes on from the
+        checkpoint before.
         """
         request = self.requests.agree(engine.device) if self.keep else Request.NOTHING
         if request is Request.NOTHING:
@@ -316,14 +320,16 @@ class Run:
             return
         ended = self.checkpoints.settle()
         self._tell(ended)
+        what = "which is saved"
         if not saved or (ended and ended.problem):
-            raise ValueError(f"asked to stop after step {done}, but there is no checkpoint of it")
+            newest = [path.name for path in published(self.checkpoints.folder)][:1]
+            what = f"of which there is no checkpoint (the newest: {', '.join(newest) or 'none'})"
         if self.bar is not None:
             self.bar.close()
         self.monitor.close()
         comm.barrier()
         again = "start it again to go on" if request is Request.STOP else "held by control/stop"
-        raise Stopped(request, f"stopped after step {done}, which is saved: {again}")
+        raise Stopped(request, f"stopped after step {done}, {what}: {again}")
 
     def evaluate(self, engine: Engine, processing: Processing, done: int, *, final=False) -> dict:
         """Ranking sets (stage 2) or the bottleneck table (stage 1), written down and returned.

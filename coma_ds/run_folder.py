@@ -22,7 +22,7 @@ from coma_ds.hardware import has_fast_bf16
 from coma_ds.manifest import published, set_apart, write_atomically
 from coma_ds.metrics import flatten
 from coma_ds.ownership import Incarnation, read_owner, take, takes_over, this_start
-from coma_ds.stopping import CONTROL, SWITCHES, check_not_held
+from coma_ds.stopping import SWITCHES, check_not_held
 from coma_ds.versions import versions
 
 log = logging.getLogger("coma_ds")
@@ -30,7 +30,6 @@ log = logging.getLogger("coma_ds")
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 BLOCKS, BLOCK = 64, 2**18  # of a file of weights
-JOB_CHECKPOINTS = 10  # of a run, in a job that says nothing of them
 FINISHED = ("model", RESULTS, "neighbours.json")
 # What a run may change when it goes on: where things lie, what is watched, how memory is used.
 FREE = (
@@ -185,14 +184,8 @@ def settled(config: RunConfig) -> RunConfig:
 
     A run that goes on keeps its own, on whatever machine; a new one takes what is fast on this.
     ``checkpoint.resume`` as ``none`` or a path is meant for the first start of a job: when SLURM
-    starts it again it goes on from its own checkpoints.  A job that is told of none publishes some,
-    since it may be ended at any time.
+    starts it again it goes on from its own checkpoints.
     """
-    if CONTROL in os.environ and not config.checkpoint.every:
-        every = max(1, config.optim.steps // JOB_CHECKPOINTS)
-        log.info("checkpoint.every is 0: as a job of a cluster it publishes every %d steps", every)
-        settings = config.checkpoint.model_copy(update={"every": every})
-        config = config.model_copy(update={"checkpoint": settings})
     resume, folder = config.checkpoint.resume, Path(config.output) / "checkpoints"
     own, given = published(folder), Path(resume).resolve()
     if given.parent == folder.resolve():  # what it was sent back to, and all before that, is not

@@ -18,11 +18,12 @@ import torch
 
 from coma_ds import comm
 from coma_ds.disk import room
+from coma_ds.effects import CONTROL
 from coma_ds.manifest import write_atomically
 
 log = logging.getLogger("coma_ds")
 
-CONTROL, LEAD = "COMA_DS_CONTROL", "COMA_DS_LEAD_SECONDS"
+LEAD = "COMA_DS_LEAD_SECONDS"
 MARGIN = 30.0  # seconds that a job needs to end after the hard timer
 SWITCHES = "control"  # the folder of the run where people put files
 

@@ -23,7 +23,7 @@ from coma_ds import comm, engine, hardware
 from coma_ds.assemble import build_data, build_engine, build_objective, build_processing
 from coma_ds.checks import check_run
 from coma_ds.config import RunConfig, load_config
-from coma_ds.effects import check_effect
+from coma_ds.effects import check_effect, in_a_job
 from coma_ds.entry import entry_point
 from coma_ds.run import Run
 from coma_ds.run_folder import settled
@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. optim.lr=2e-5")
     args = parser.parse_intermixed_args(argv)
-    config = load_config(args.recipe, args.overrides)
+    config = in_a_job(load_config(args.recipe, args.overrides))
     check_effect(config, args.overrides)
     return args, config
 

@@ -253,6 +253,7 @@ hard_timer() { # a subshell: end the step, whatever hangs
     trap "kill $! 2>/dev/null; exit" TERM
     wait $!
     say "the ranks did not stop within $1 s: they are ended"
+    { : >"$COMA_DS_RANK_REPORTS/timed-out"; } 2>/dev/null || true
     end_step
 }
 end_step() {
@@ -337,6 +338,7 @@ finish() { # CODE MESSAGE: what the ranks' end means for the job
     esac
     # what a rank said is lost above what launchers and srun say of a fault
     # (an evaluation that is asked to stop is killed by this script, which is no fault)
+    if [[ -e $COMA_DS_RANK_REPORTS/timed-out ]]; then message=''; fi
     if [[ -n $message && $code != 85 && ! (-n $nothing_to_save && -n $stopping) ]]; then printf '\n%s\n' "$message" >&2; fi
     if [[ -n $ended ]]; then # requeued by SLURM itself, where it is
         say "ended by SLURM at step $(published)"

@@ -31,9 +31,9 @@ def execute(args: argparse.Namespace) -> int:
         sys.stdout.write(list_recipes())
         return 0
     from coma_ds.config import dump, load_config
-    from coma_ds.effects import check_effect
+    from coma_ds.effects import check_effect, in_a_job
 
-    config = load_config(args.recipe, args.overrides)
+    config = in_a_job(load_config(args.recipe, args.overrides))
     check_effect(config, args.overrides)
     sys.stdout.write(dump(config))
     return 0

@@ -93,14 +93,14 @@ def execute(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="coma-ds-") as scratch:
         place = read_place(dict(os.environ), Path(scratch))
         try:
-            config = None if args.evaluate else recipe_config(args)
+            config = recipe_config(args) if args.evaluate is None else None
         except ValueError:  # the same on all nodes: said once, without a name
             if place.number:
                 return 2
             raise
         try:
             config = config or evaluated_config(args.evaluate)
-            check = check_sets if args.evaluate else check_data
+            check = check_data if args.evaluate is None else check_sets
             said = look(place, config, began + place.seconds, check)
         except ValueError as error:
             raise ValueError(f"{place.name}: {error}") from None
@@ -178,6 +178,8 @@ def check_output(mark: Path, free_gib: float) -> float:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text("")
         free = shutil.disk_usage(mark.parent).free / GIB
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"output {mark.parent} cannot be written: it is no folder") from None
     except OSError as error:
         raise ValueError(f"output {mark.parent} cannot be written: {error.strerror}") from None
     if free < free_gib:
@@ -284,7 +286,8 @@ def check_devices(place: Place) -> str:
     """The kind of device.  Raises ``ValueError`` for fewer GPUs than ranks."""
     import torch
 
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
+    alone = "COMA_NODE_NAMES" not in os.environ and not torch.cuda.is_available()
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or alone:
         return "cpu"
     count = torch.cuda.device_count()
     if count < place.ranks:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from coma_ds.config import RunConfig
@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 ROWS, OPENED = 100, 4  # of each source: images found, and decoded
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}")
+
+
 def recipe_config(args: argparse.Namespace) -> RunConfig:
     """The config that ``train`` would resolve.  Raises ``ValueError`` as that does."""
     from coma_ds.config import load_config
-    from coma_ds.effects import check_effect
+    from coma_ds.effects import check_effect, in_a_job
 
-    config = load_config(args.recipe, args.overrides)
+    config = in_a_job(load_config(args.recipe, args.overrides))
     check_effect(config, args.overrides)
     return config
 
@@ -30,14 +35,12 @@ def evaluated_config(words: list[str]) -> RunConfig:
     the results.  Raises ``ValueError`` where there is no such run, or for wrong options."""
     from coma_ds.commands import evaluate_command
 
-    parser = argparse.ArgumentParser(prog="evaluate", allow_abbrev=False, exit_on_error=False)
+    parser = _Parser(prog="evaluate", allow_abbrev=False)
     evaluate_command.add_arguments(parser)
-    try:
-        args = parser.parse_args(words)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"evaluate: {error}") from None
+    args = parser.parse_args(words)
     config, file = evaluate_command.settle(args)
-    sets = config.eval.model_copy(update={"sets": tuple(args.sets) or config.eval.sets})
+    sets = {"sets": tuple(args.sets) or config.eval.sets, "along": ()}
+    sets = config.eval.model_copy(update=sets)
     return config.model_copy(update={"output": str(file.absolute().parent), "eval": sets})
 
 
@@ -46,6 +49,9 @@ def check_data(config: RunConfig) -> None:
 
     Where the config allows bad rows, more than that share of the sample.
     """
+    from coma_ds.checks import check_names
+
+    check_names(config)
     if config.data.format == "builtin":
         return
     from coma_ds.assemble import build_sources
@@ -63,6 +69,9 @@ def check_data(config: RunConfig) -> None:
 def check_sets(config: RunConfig) -> None:
     """Raise ``ValueError`` when a set that is to be evaluated, or one of a sample of its images, is
     not here."""
+    from coma_ds.checks import check_names
+
+    check_names(config)
     if config.objective != "match" or config.eval.root is None:
         return
     from coma_ds.assessment import load_tasks

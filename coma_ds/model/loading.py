@@ -73,6 +73,11 @@ def resolve_model(path: str, key: str = "model.path") -> str:
                 f"{key} {path!r}: the run is not finished, it has no model/ "
                 "(coma-ds export writes it from the newest checkpoint)"
             )
+        if not is_model and key == "init_from":
+            raise ValueError(
+                f"{key} {path!r}: the folder holds no finished run: run that stage first, or start "
+                "from model.path (init_from=null)"
+            )
         if not is_model:
             raise ValueError(f"{key} {path!r}: the folder has no config.json")
         return path

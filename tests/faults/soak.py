@@ -187,7 +187,10 @@ def differences(one: Path, two: Path, steps: int) -> list[str]:
 
 def soak(folder: Path, steps: int, kills: int, seed: int = 0) -> dict:
     """The whole of it; what was done, and ``differences``, which should be empty."""
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise SystemExit(f"{folder} is there: remove it, or give another --output") from None
     first = run_whole(folder / "whole", steps)
     done = run_killed(folder / "killed", steps, kills, first, seed)
     found = differences(folder / "whole", folder / "killed", steps)

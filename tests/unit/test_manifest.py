@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,11 @@ class TestSurplus:
         for step, metric in ((10, 0.1), (20, 0.9), (30, None), (40, 0.4), (50, None)):
             put(tmp_path, step, metric)
         assert self.names(tmp_path) == [10, 30]
+
+    def test_what_is_no_number_is_never_the_best(self, tmp_path):
+        for step, metric in ((10, math.nan), (20, 0.9), (30, 0.3), (40, math.nan)):
+            put(tmp_path, step, metric)
+        assert self.names(tmp_path, keep_last=1) == [10, 30]
 
     def test_another_measure_is_no_rival(self, tmp_path):
         for step, metric in ((10, 0.2), (20, 0.9), (30, 0.1), (40, 0.1)):

@@ -139,7 +139,7 @@ def test_the_digest_is_of_the_code(tmp_path, monkeypatch):
 
 def test_output_that_cannot_be_written_or_is_full(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"output .*file/run cannot be written: Not a directory"):
+    with pytest.raises(ValueError, match=r"output .*file/run cannot be written: it is no folder"):
         preflight.check_output(tmp_path / "file" / "run" / ".mark", 0)
     with pytest.raises(ValueError, match=r"GiB are free at .*run, 1e\+06 are needed"):
         preflight.check_output(tmp_path / "run" / ".mark", 1e6)
@@ -157,6 +157,7 @@ def test_output_that_another_node_has_for_itself(tmp_path, place):
 def test_fewer_gpus_than_ranks(place, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("COMA_NODE_NAMES", "node1 node2")
     with pytest.raises(ValueError, match=r"^2 GPU\(s\) found, 8 are asked for .*exclude=node1"):
         preflight.check_devices(replace(place, ranks=8))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -285,6 +286,23 @@ def test_a_run_that_is_to_be_evaluated(tmp_path, capsys, alone):
     assert "is no run: there is no config.yaml in it" in capsys.readouterr().err
     assert run(["preflight", "--evaluate", str(tmp_path), "--batch-size", "many"]) == 2
     assert "argument --batch-size: invalid int value" in capsys.readouterr().err
+    assert run(["preflight", "--evaluate"]) == 2
+    assert "evaluate: the following arguments are required: RUN" in capsys.readouterr().err
+
+
+def test_a_machine_without_a_gpu_and_a_job(tmp_path, capsys, monkeypatch, alone):
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert run(["preflight", "--recipe", "demo-compress", f"output={tmp_path}/run"]) == 0
+    assert "1 rank(s) each on cpu" in capsys.readouterr().err
+    monkeypatch.setenv("COMA_NODE_NAMES", "vm")
+    assert run(["preflight", "--recipe", "demo-compress", f"output={tmp_path}/run"]) == 2
+    assert "0 GPU(s) found, 1 are asked for" in capsys.readouterr().err
+
+
+def test_a_set_that_is_not_there(tmp_path, capsys, alone):
+    words = [f"output={tmp_path}/run", "eval.sets=[none]"]
+    assert run(["preflight", "--recipe", "demo-control", *words]) == 2
+    assert "eval.sets: 'none' is not in the built-in data" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -316,7 +334,8 @@ def test_an_output_that_is_no_folder_is_one_sentence(tmp_path, capsys, alone):
     (tmp_path / "file").write_text("")
     assert run(["preflight", "--recipe", "demo-compress", f"output={tmp_path}/file"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and "cannot be written" in said and said.count("\n") == 1
+    assert said.startswith("error: ") and "cannot be written: it is no folder" in said
+    assert said.count("\n") == 1
 
 
 def test_new_files_of_the_code_count_as_a_change(tmp_path, monkeypatch):

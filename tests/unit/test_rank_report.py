@@ -73,6 +73,8 @@ def test_the_ranks_of_one_node(tmp_path, monkeypatch):
     (tmp_path / "failed").write_text("node2 ended with 1, its launcher with 1\nnode1 ended\n")
     code, said = ask("0", "4", "2", "node1", "node2")
     assert code == 1 and said.startswith("error: rank 3 on node2 ended without a word")
+    (tmp_path / "failed").write_text("")  # all that a full disk took
+    assert ask("0", "4", "2", "node1", "node2")[0] == 1
 
 
 def test_without_a_folder_nothing_is_reported(tmp_path, monkeypatch):

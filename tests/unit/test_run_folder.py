@@ -76,14 +76,6 @@ class TestPrecision:
         )
         assert anew.precision == settled(config_of(tmp_path / "b")).precision
 
-    def test_a_job_that_says_nothing_of_checkpoints_publishes_some(self, tmp_path, monkeypatch):
-        words = ("checkpoint.every=0", "optim.steps=120")
-        assert settled(config_of(tmp_path, *words)).checkpoint.every == 0
-        monkeypatch.setenv("COMA_DS_CONTROL", str(tmp_path / "job"))
-        assert settled(config_of(tmp_path, *words)).checkpoint.every == 12
-        assert settled(config_of(tmp_path, *words, "optim.steps=3")).checkpoint.every == 1
-        assert settled(config_of(tmp_path, "checkpoint.every=7")).checkpoint.every == 7
-
 
 class TestClaim:
     def test_a_place_that_is_a_file(self, tmp_path):
