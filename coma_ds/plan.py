@@ -33,6 +33,7 @@ RESERVED = 2.0 * GIB  # what CUDA, NCCL and cuBLAS take for themselves
 USABLE = 0.96  # of a card: the rest is lost between blocks
 OVERLAP = 0.7  # of what is moved while there is something to compute, and the other way round
 FEW = 3.0  # times that the weights may be moved in a step
+SMALL = 4096  # tokens of a chunk
 HALF = 512  # tokens of a chunk at which a GPU reaches half of its rate (assumed)
 TOWER = (10, 4)  # rows of the tower's width, and of its inner width, that a pass holds a patch
 
@@ -49,6 +50,19 @@ class Machine:
     @property
     def nodes(self) -> int:
         return math.ceil(self.gpus / self.per_node)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The batch of a GPU in chunks of ``size`` tokens; ``largest``: what a chunk could have."""
+
+    budget: Budget
+    largest: int
+    cost: Cost
+    tokens: float
+    size: float
+    chunks: int
+    kept: int
 
 
 @dataclass
@@ -119,88 +133,115 @@ class Planner:
         for key, value in (changes or {}).items():
             config = _with(config, key, value)
         model, graphs = self._outline(config)
-        machine, item = self.machine, 2 if config.precision == "bf16" else 4
-        world, matching = machine.gpus, config.objective == "match"
-        trains_vision = model.vision_is_trained
+        card, item = self.machine.card, 2 if config.precision == "bf16" else 4
         zero = Zero.of(read_mechanics(config.deepspeed), model)
         is_whole = zero.stage == 3 and zero.whole == self.weights.total
-        few = config.model.adapter != "none" and not trains_vision
+        few = config.model.adapter != "none" and not model.vision_is_trained
         coalesced = zero.stage == 3 and (few or is_whole)
         memory = states(
-            self.weights, zero, world=world, item=item, kind=config.optim.kind, coalesced=coalesced
-        )
-        records = config.optim.batch_size / world
-        width = model.backbone.width
-        by_record = self._by_record(load, item, matching)
-        memory |= {name: records * size for name, size in by_record.items()}
-        if matching:
-            memory["loss"] = self._loss(records, config.optim.batch_size, load, width)
-        resident = sum(memory.values())
-        capacity = machine.card.memory_gib * GIB * USABLE - RESERVED
-        free = capacity - resident
-
-        layers = 1.0 if model.backbone.lm.is_gradient_checkpointing else 0.5
-        per_token = Cost(graphs.held, graphs.layer * layers)
-        if trains_vision and not matching:
-            images = load.image_tokens / load.tokens * model.backbone.merge
-            per_token = replace(per_token, graph=graphs.held + graphs.patch * images)
-        logits = 0 if matching else 3 * 4 * min(MAX_LOGITS, 10**4 * self.vocabulary)
-        tokens = records * load.tokens
-        budget = share_out(config.chunk, per_token, free - logits, load.longest, int(tokens))
-        largest = share_out(
-            config.chunk.model_copy(update={"tokens": "auto", "keep": 0}),
-            per_token, free - logits, load.longest, int(tokens),
-        ).tokens  # fmt: skip
-        mean = load.tokens / load.samples
-        size = min(budget.samples * mean, budget.tokens or math.inf, tokens)
-        chunks = max(1, math.ceil(tokens / size))
-        kept = 0
-        if matching:
-            kept = min(chunks, max(budget.keep, int((budget.keep_tokens or 0) / size)))
-        one = per_token.graph if kept < chunks else 0.0
-        memory["chunk"] = size * (one + TRANSIENT * per_token.transient) + logits
-        memory["kept graphs"] = min(kept * size, tokens) * graphs.held
-        tower = self._tower(records * load.image_tokens, item)
-        if trains_vision and matching:
-            tower = records * load.image_tokens * model.backbone.merge * graphs.patch
-        memory["chunk"] = max(memory["chunk"], tower - memory["kept graphs"])
-
-        flops = ModelFlops.of(model)
-        passes = math.ceil(records * load.image_tokens * model.backbone.merge / PATCHES) or 1
-        passes = 1 if trains_vision else passes
-        replayed = 1 - kept / chunks
-        work = load.work(records, model.backbone.merge, replayed=replayed, matching=matching)
-        least = load.work(records, model.backbone.merge, replayed=0.0, matching=matching)
-        if trains_vision:  # once more with its graph, in stage 2
-            for name in ("patch_rows", "image_rows", "vision_pairs"):
-                once = getattr(work, name)[0]
-                setattr(work, name, [once if matching else 0, once])
-                setattr(least, name, [0, once])
-        executed = flops.executed(work)
-        needed = replace(flops, checkpointed=False).executed(least)
-        gathered, reduced = self._moved(zero, chunks, kept, passes, coalesced, is_whole, item)
+            self.weights, zero, world=self.machine.gpus, item=item, kind=config.optim.kind,
+            coalesced=coalesced,
+        ) | self._of_batch(config, load, item)  # fmt: skip
+        capacity = card.memory_gib * GIB * USABLE - RESERVED
+        cut = self._cut(config, graphs, load, capacity - sum(memory.values()))
+        memory |= self._of_chunks(config, graphs, load, cut, item)
+        executed, needed = self._arithmetic(config, load, cut)
+        gathered, reduced = self._moved(config, zero, load, cut, coalesced, is_whole, item)
         notes = []
-        if size < 4096 and tokens > 2 * size:
-            notes.append(f"chunks of {size:.0f} tokens are small: a GPU wants 16,000 or more")
+        if cut.size < SMALL and cut.tokens > 2 * cut.size:
+            notes.append(f"chunks of {cut.size:.0f} tokens are small: a GPU wants 16,000 or more")
+        rate = card.tflops * 1e12 * card.share
         return Plan(
             changes=changes or {},
             memory=memory,
-            budget=budget,
-            chunks=chunks,
-            kept=kept,
-            largest_chunk=largest,
+            budget=cut.budget,
+            chunks=cut.chunks,
+            kept=cut.kept,
+            largest_chunk=cut.largest,
             executed=executed,
             needed=needed,
             gathered=gathered,
             times=gathered / self.weight_bytes,
             reduced=reduced,
-            computing=executed
-            * (1 + HALF / size)
-            / (machine.card.tflops * 1e12 * machine.card.share),
+            computing=executed * (1 + HALF / cut.size) / rate,
             moving=self._moving(gathered + reduced),
             capacity=capacity,
             notes=notes,
         )
+
+    def _records(self, config: RunConfig) -> float:
+        """Pairs or dialogues of a GPU in a step."""
+        return config.optim.batch_size / self.machine.gpus
+
+    def _of_batch(self, config: RunConfig, load: Load, item: int) -> dict[str, float]:
+        """Bytes that grow with the batch and stay for the whole step."""
+        records, width = self._records(config), self.model.backbone.width
+        levels = 1 + len(getattr(self.model.backbone.visual, "deepstack_visual_indexes", ()))
+        found = {"features": records * load.image_tokens * width * item * levels}
+        if config.objective == "match":
+            # embeddings, the leaf of the loss, and its gradient
+            found["embeddings"] = 3 * 4 * records * load.samples * width
+            rows = max(1, int(records))
+            columns = int(config.optim.batch_size * (load.samples - 1))
+            loss = loss_cost(rows, columns, width, item=4, world=self.machine.gpus)
+            gathered = 4 * columns * width
+            found["loss"] = loss["extra"] + loss["copies"] + loss["gradients"] + gathered
+        return found
+
+    def _cut(self, config: RunConfig, graphs: Graphs, load: Load, free: float) -> Cut:
+        """How the batch of a GPU is cut where so many bytes are free."""
+        model, _ = self._outline(config)
+        tokens = self._records(config) * load.tokens
+        # A backward holds about a layer beside the graph, two where one is computed again.
+        layers = 1.0 if model.backbone.lm.is_gradient_checkpointing else 0.5
+        cost = Cost(graphs.held, graphs.layer * layers)
+        if model.vision_is_trained and config.objective == "compress":
+            images = load.image_tokens / load.tokens * model.backbone.merge
+            cost = replace(cost, graph=graphs.held + graphs.patch * images)
+        free -= self._logits(config)
+        alone = config.chunk.model_copy(update={"tokens": "auto", "keep": 0})
+        budget, largest = (
+            share_out(chunk, cost, free, load.longest, int(tokens))
+            for chunk in (config.chunk, alone)
+        )
+        mean = load.tokens / load.samples
+        size = min(budget.samples * mean, budget.tokens or math.inf, tokens)
+        chunks, kept = max(1, math.ceil(tokens / size)), 0
+        if config.objective == "match":
+            kept = min(chunks, max(budget.keep, int((budget.keep_tokens or 0) / size)))
+        return Cut(budget, largest.tokens, cost, tokens, size, chunks, kept)
+
+    def _logits(self, config: RunConfig) -> float:
+        """Logits, their gradient, and one of both in between, of a part of the answers."""
+        return 0.0 if config.objective == "match" else 3 * 4.0 * MAX_LOGITS
+
+    def _of_chunks(
+        self, config: RunConfig, graphs: Graphs, load: Load, cut: Cut, item: int
+    ) -> dict[str, float]:
+        """Bytes of what is computed at a time: a chunk, or the tower before the first of them."""
+        model, records = self.model, self._records(config)
+        running = cut.cost.graph if cut.kept < cut.chunks else 0.0
+        chunk = cut.size * (running + TRANSIENT * cut.cost.transient) + self._logits(config)
+        kept = min(cut.kept * cut.size, cut.tokens) * graphs.held
+        tower = self._tower(records * load.image_tokens, item)
+        if model.vision_is_trained and config.objective == "match":
+            tower = records * load.image_tokens * model.backbone.merge * graphs.patch
+        return {"chunk": max(chunk, tower - kept), "kept graphs": kept}
+
+    def _arithmetic(self, config: RunConfig, load: Load, cut: Cut) -> tuple[float, float]:
+        """FLOPs of a GPU: executed, and needed."""
+        model, _ = self._outline(config)
+        matching, records = config.objective == "match", self._records(config)
+        merge, flops = model.backbone.merge, ModelFlops.of(model)
+        replayed = 1 - cut.kept / cut.chunks
+        work = load.work(records, merge, replayed=replayed, matching=matching)
+        least = load.work(records, merge, replayed=0.0, matching=matching)
+        if model.vision_is_trained:  # in stage 2 once more with its graph
+            for name in ("patch_rows", "image_rows", "vision_pairs"):
+                once = getattr(work, name)[0]
+                setattr(work, name, [once if matching else 0, once])
+                setattr(least, name, [0, once])
+        return flops.executed(work), replace(flops, checkpointed=False).executed(least)
 
     def floors(self, load: Load) -> dict[str, float]:
         """Executed over needed FLOPs that a mode cannot go below, by what it does."""
@@ -225,24 +266,6 @@ class Planner:
     def weight_bytes(self) -> float:
         """Of the whole model, in the precision of the run."""
         return (2 if self.config.precision == "bf16" else 4) * self.weights.total
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the output matrix."""
-        return self.model.backbone.lm.config.text_config.vocab_size
-
-    def _by_record(self, load: Load, item: int, matching: bool) -> dict[str, float]:
-        width = self.model.backbone.width
-        levels = 1 + len(getattr(self.model.backbone.visual, "deepstack_visual_indexes", ()))
-        found = {"features": load.image_tokens * width * item * levels}
-        if matching:  # embeddings, their leaf and its gradient
-            found["embeddings"] = 3 * 4 * load.samples * width
-        return found
-
-    def _loss(self, own: float, batch: int, load: Load, width: int) -> float:
-        rows, columns = max(1, int(own)), int(batch * (load.samples - 1))
-        found = loss_cost(rows, columns, width, item=4, world=self.machine.gpus)
-        return found["extra"] + found["copies"] + found["gradients"] + 4 * columns * width
 
     def _tower(self, image_tokens: float, item: int) -> float:
         """Bytes of a pass of the frozen tower."""
@@ -269,21 +292,25 @@ class Planner:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low * world
 
-    def _moved(self, zero, chunks, kept, passes, coalesced, is_whole, item) -> tuple[float, float]:
+    def _moved(
+        self, config: RunConfig, zero: Zero, load: Load, cut: Cut, coalesced: bool, whole: bool,
+        item: int,
+    ) -> tuple[float, float]:  # fmt: skip
         """Bytes that a GPU receives in a step: weights, gradients."""
-        world, trained = self.machine.gpus, self.weights.trained
+        world, trained, model = self.machine.gpus, self.weights.trained, self.model
         share = (world - 1) / world
         if zero.stage < 3:
-            reductions = chunks if zero.stage == 2 else 1
+            reductions = cut.chunks if zero.stage == 2 else 1
             return item * trained * share, item * trained * reductions * share
+        patches = self._records(config) * load.image_tokens * model.backbone.merge
         moved = step_traffic(
             self.weights,
-            matching=self.config.objective == "match",
-            chunks=chunks,
-            kept=kept,
-            passes=passes,
-            trains_vision=self.model.vision_is_trained,
-            whole=is_whole,
+            matching=config.objective == "match",
+            chunks=cut.chunks,
+            kept=cut.kept,
+            passes=1 if model.vision_is_trained else math.ceil(patches / PATCHES) or 1,
+            trains_vision=model.vision_is_trained,
+            whole=whole,
             coalesced=coalesced,
         )
         return item * moved.gathered * share, item * moved.reduced * share
