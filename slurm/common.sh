@@ -211,7 +211,7 @@ ask_to_stop() {
     is_newest || return 0
     if [[ -z $stopping ]]; then
         stopping=$1
-        local what='asked the ranks to save and stop'
+        local what='asked the ranks to save and stop (after the step or evaluation they are in)'
         if [[ -n $nothing_to_save ]]; then what='the evaluation is ended'; fi
         say "$1: $what"
     fi
