@@ -110,9 +110,10 @@ def measured_here(config, model):
     """The load of built-in data, which is always at hand."""
     from coma_ds.assemble import build_processing, build_sources
     from coma_ds.planning.load import from_prepared
+    from coma_ds.planning.outline import is_finished
     from coma_ds.preparation import prepare
 
-    if config.init_from and not Path(config.init_from).exists():  # a stage that is yet to run
+    if config.init_from and not is_finished(config.init_from):  # a stage that is yet to run
         config = config.model_copy(update={"init_from": None})
     _, processing = build_processing(config)
     few = config.model_copy(update={"data": config.data.model_copy(update={"length": ROWS})})

@@ -22,12 +22,17 @@ def shape_of(config: RunConfig) -> str:
     A stage that does not exist yet has those of ``model.path``.  The public models of the recipes
     are known here, so that a plan needs no network.
     """
-    if config.init_from and Path(config.init_from).exists():
+    if config.init_from and is_finished(config.init_from):
         return resolve_model(config.init_from, "init_from")
     known = resources.files("coma_ds.planning") / "shapes" / config.model.path.rpartition("/")[2]
     if config.model.path.startswith("Qwen/") and (known / "config.json").is_file():
         return str(known)
     return resolve_model(config.model.path)
+
+
+def is_finished(folder: str) -> bool:
+    """True for a run that has its model, or a folder that is one."""
+    return any((Path(folder) / name).is_file() for name in ("config.json", "model/config.json"))
 
 
 def outline(config: RunConfig) -> CompressionModel:

@@ -254,8 +254,13 @@ def test_nothing_fits_is_code_1(tmp_path, capsys) -> None:
     assert code == 1 and "nothing fits: memory: " in text and "8 x mine" in text
 
 
-def test_a_built_in_recipe_is_measured_on_its_data(capsys) -> None:
-    code, text = run(capsys, "--recipe", "demo-match")
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_built_in_recipe_is_measured_on_its_data(capsys, tmp_path, begun) -> None:
+    """Also where the stage before is yet to run, or runs."""
+    before = tmp_path / "before"
+    if begun:
+        before.mkdir()
+    code, text = run(capsys, "--recipe", "demo-match", f"init_from={before}")
     assert code == 0 and "measured: 256 rows of" in text
 
 
