@@ -23,6 +23,7 @@ MECHANICS = {
     "zero0": (0, {}), "zero1": (1, {}), "zero2": (2, {}), "sharded": (3, SHARDED),
     "whole": (3, WHOLE),
 }  # fmt: skip
+WAYS = [("fp32", "full"), ("bf16", "full"), ("bf16", "lora")]
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +32,14 @@ def counted(tmp_path_factory) -> dict[str, list]:
     cases = []
     for name, (stage, more) in MECHANICS.items():
         path = write_mechanics(folder, name, stage, **more)
-        for precision in ("fp32", "bf16"):
-            for what, model in (("full", {}), ("lora", LORA)):
-                cases.append(
-                    Case(f"{name} {precision} {what}", path, precision=precision, kind="adamw",
-                         model=model)
-                )  # fmt: skip
+        for precision, what in WAYS:
+            model = LORA if what == "lora" else {}
+            named = f"{name} {precision} {what}"
+            cases.append(Case(named, path, precision=precision, kind="adamw", model=model))
     return run_world(2, "tests.distributed.held:count", cases=[asdict(c) for c in cases])[0]
 
 
-@pytest.mark.parametrize("what", ["full", "lora"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision, what", WAYS)
 @pytest.mark.parametrize("name", MECHANICS)
 def test_states_are_what_an_engine_holds(counted, name, precision, what) -> None:
     """Nothing is forgotten; gathered weights and buckets come and go."""
