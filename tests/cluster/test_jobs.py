@@ -23,6 +23,17 @@ EXPECTED = {
 }  # fmt: skip
 
 
+def without_exit_barrier(log: str) -> list[str]:
+    """The lines of a log, without what torchrun's agent (torch 2.13) now and then says after a good
+    end: that of the first node, which holds their store, was gone before it."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    if "Error waiting on exit barrier" not in log:
+        return lines
+    trace = ("[W", "Exception raised from recvBytes", "frame #", "<omitting python frames>")
+    agent = "torch/distributed/elastic/agent/server/api.py"
+    return [line for line in lines if not line.startswith(trace) and agent not in line]
+
+
 def names_and_numbers(lines: str) -> dict[str, int]:
     """What slurm/pipeline.sh says that it has submitted."""
     words = [line.replace(",", " ").split() for line in lines.splitlines()]
@@ -59,7 +70,7 @@ def undisturbed(pipeline: dict[str, Job]) -> list[tuple[int, float]]:
 def test_a_job_on_two_nodes_from_one_end_to_the_other(pipeline):
     job = pipeline["compress"]
     assert job.wait()["JobState"] == "COMPLETED", job.log
-    assert {line.split()[0] for line in job.log.splitlines() if line} <= EXPECTED, job.log
+    assert {line.split()[0] for line in without_exit_barrier(job.log)} <= EXPECTED, job.log
     assert "world      2 rank(s) on cpu, ZeRO-3 (zero3, weights whole)" in job.log
     assert [step for step, _ in job.losses()] == list(range(1, STEPS + 1))
     assert (job.run / "model" / "model.safetensors").is_file()
