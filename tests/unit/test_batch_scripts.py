@@ -210,6 +210,16 @@ def test_how_a_start_ends(job, evaluates, code, warned, said, ends):
     assert (done.returncode, done.stdout.splitlines()) == (ends, said), done.stderr
 
 
+@pytest.mark.parametrize("timed_out", [True, False])
+def test_ranks_that_the_script_ended_are_not_called_killed_from_outside(job, timed_out):
+    mark = 'touch "$COMA_DS_RANK_REPORTS/timed-out"' if timed_out else ":"
+    script = END.replace("finish $2 ''", f"{mark}; finish $2 'error: ended without a word'")
+    call = ["bash", "-c", script, "bash", "", "1", "on_usr1"]
+    done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
+    assert done.stdout == "requeued: stopped at step 0\n"
+    assert ("ended without a word" in done.stderr) != timed_out
+
+
 def test_launchers_do_not_look_into_the_current_folder(job):
     """``-m coma_ds...`` below them is the package that was found, not that of the folder."""
     below = "import sys; print(sys.flags.safe_path)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -217,6 +218,19 @@ def test_a_conversion_that_fails_is_told(checkpoints):
     ):
         convert(path)
     assert not list(checkpoints.folder.glob("universal-*"))
+
+
+def test_a_conversion_leaves_a_foreign_folder_alone(checkpoints, tmp_path, monkeypatch):
+    """The copy goes where this run may write, which may be another place."""
+    save(checkpoints, 4)
+    path, asked = checkpoints.find("auto"), []
+    monkeypatch.setattr(
+        checkpoint.subprocess, "run",
+        lambda command, **_: asked.append(command) or SimpleNamespace(returncode=0),
+    )  # fmt: skip
+    own = tmp_path / "own" / "checkpoints"
+    assert convert(path, own) == own / "universal-step-00000004"
+    assert asked[0][-1] == str(own / "universal-step-00000004") and own.is_dir()
 
 
 def test_a_poll_takes_nothing_from_a_save_under_way(checkpoints, monkeypatch):

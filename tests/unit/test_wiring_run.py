@@ -23,6 +23,7 @@ from coma_ds.engine import StepResult
 from coma_ds.objectives.match import Match
 from coma_ds.run import Run
 from coma_ds.step import Budget, grad_cache
+from coma_ds.stopping import Request, Stopped
 from tests.distributed.exact import whole_parameters
 from tests.distributed.harness import run_world
 from tests.folders import base_folder
@@ -166,6 +167,24 @@ class TestRun:
             assert before <= line["memory_mib"] <= peak()
         assert [first["training_seconds"], second["training_seconds"]] == [2, 4]
         assert [first["truncated"], second["truncated"]] == [1, 3]
+
+    @pytest.mark.parametrize("request_, code", [(Request.STOP, 85), (Request.HOLD, 87)])
+    def test_asked_to_stop_on_a_full_disk(self, start, monkeypatch, request_, code):
+        """It ends as it was asked to, and says what is left to go on from."""
+        run = start("optim.steps=9")
+        monkeypatch.setattr(run.requests, "agree", lambda device: request_)
+        monkeypatch.setattr(run, "save", lambda engine, done: False)
+        with pytest.raises(Stopped) as caught:
+            run.obey(Still(), 7)
+        assert caught.value.code == code
+        wanted = "stopped after step 7, of which there is no checkpoint (the newest: none)"
+        assert caught.value.message.startswith(wanted)
+
+    def test_where_the_best_is_looked_for_the_last_step_is_measured_before_it_is_saved(self, start):
+        asked = ("eval.every=3", "checkpoint.every=2", "optim.steps=9")
+        for best, wanted in (("checkpoint.best=All", [3, 6, 9]), ("seed=1", [3, 6])):
+            run = start(*asked, best)
+            assert [n for n in range(1, 10) if run.evaluation_is_due(n)] == wanted
 
     def test_where_the_best_is_measured_it_is_saved(self, start):
         asked = ("eval.every=3", "checkpoint.every=2", "optim.steps=9")
