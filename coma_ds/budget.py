@@ -19,6 +19,7 @@ from coma_ds import comm
 from coma_ds.batch import Batch
 from coma_ds.config import ChunkConfig
 from coma_ds.hardware import available_memory, ranks_here
+from coma_ds.planning.graphs import SavedBytes
 from coma_ds.step import Budget, embed_images, seed_chunk
 
 log = logging.getLogger("coma_ds")
@@ -134,7 +135,7 @@ def measure(engine, objective, batch: Batch) -> tuple[Cost, float]:
 
     with torch.no_grad():  # weights that stay whole come now, and what a device sets up once
         engine(run)
-    saved = _SavedBytes(engine.model)
+    saved = SavedBytes(engine.model)
     before = _in_use(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -174,28 +175,3 @@ def _free(device: torch.device) -> float:
         torch.cuda.empty_cache()
         return float(torch.cuda.mem_get_info(device)[0])
     return available_memory() / ranks_here()
-
-
-class _SavedBytes:
-    """Bytes of what a graph saves, each storage once, weights left out."""
-
-    def __init__(self, model) -> None:
-        self.total = 0
-        self._seen = {p.data_ptr() for p in model.parameters()}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        weight = isinstance(tensor, torch.nn.Parameter) or isinstance(
-            tensor._base, torch.nn.Parameter
-        )
-        if not weight and storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> None:
-        self._hooks.__enter__()
-
-    def __exit__(self, *error) -> None:
-        self._hooks.__exit__(*error)

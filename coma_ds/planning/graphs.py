@@ -18,11 +18,9 @@ ROWS = 256  # of the measurement; nothing depends on it
 
 @dataclass(frozen=True)
 class Graphs:
-    """Bytes of a row.  ``text``: of a token, from end to end; ``held``: what stays of that until
-    the backward, less with checkpoints; ``layer``: of one layer; ``patch``: of the tower, 0 where
-    it is frozen."""
+    """Bytes of a row.  ``held``: of a token until the backward, less with checkpoints; ``layer``:
+    of a token in one layer; ``patch``: of a patch in the tower, 0 where that is frozen."""
 
-    text: float
     held: float
     layer: float
     patch: float
@@ -76,21 +74,22 @@ def _fused(model: nn.Module):
             del module.forward
 
 
-class _Held(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of all that is saved, each storage once, weights left out."""
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Around a forward: ``total`` bytes that its graph saves, each storage once, those of the
+    weights of ``model`` left out."""
 
-    def __init__(self) -> None:
-        self._kept: dict[int, torch.Tensor] = {}  # alive, so that no address comes twice
+    def __init__(self, model: nn.Module) -> None:
+        self.total = 0
+        self._seen = {p.untyped_storage()._cdata for p in model.parameters()}
         super().__init__(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not any(isinstance(t, nn.Parameter) for t in (tensor, tensor._base)):
-            self._kept[tensor.untyped_storage()._cdata] = tensor
+        storage = tensor.untyped_storage()  # alive as long as the graph is
+        weight = any(isinstance(t, nn.Parameter) for t in (tensor, tensor._base))
+        if not weight and storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.total += storage.nbytes()
         return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
 
 
 def measure_graphs(model: CompressionModel, *, liger: bool) -> Graphs:
@@ -102,20 +101,21 @@ def measure_graphs(model: CompressionModel, *, liger: bool) -> Graphs:
     lm.gradient_checkpointing_disable()
     rows = torch.empty(1, ROWS, width, dtype=dtype, device="meta", requires_grad=True)
     places = torch.zeros(3, 1, ROWS, dtype=torch.int64, device="meta")
-    held = _Held()
+    held = SavedBytes(text)
     with _fused(text) if liger else nullcontext(), _autocast(model), held:
-        text(
+        out = text(
             inputs_embeds=rows * 1,
             position_ids=places,
             use_cache=False,
             layout=lambda query, key, value, scale: _flash(query, key, value),
         )
+    del out
     if checkpointed:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    whole = held.bytes / ROWS
+    whole = held.total / ROWS
     layer = whole / layers
     stays = layers * width * dtype.itemsize if checkpointed else whole
-    return Graphs(whole, stays, layer, _patch(model) if model.vision_is_trained else 0.0)
+    return Graphs(stays, layer, _patch(model) if model.vision_is_trained else 0.0)
 
 
 def _patch(model: CompressionModel) -> float:
@@ -132,7 +132,7 @@ def _patch(model: CompressionModel) -> float:
     def attend(query, key, value, spans, scale, causal):
         return _flash(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
 
-    held = _Held()
+    held = SavedBytes(visual)
     with _autocast(model), held:
         block(
             rows * 1,
@@ -140,7 +140,7 @@ def _patch(model: CompressionModel) -> float:
             position_embeddings=(turn, turn),
             attend=attend,
         )
-    return held.bytes / ROWS * len(visual.blocks)
+    return held.total / ROWS * len(visual.blocks)
 
 
 def _autocast(model: CompressionModel):
