@@ -36,6 +36,7 @@ ALWAYS = [
 MEASURED = ("step", "loss", "answer_accuracy", "lr", "grad_norm")
 STEPS = 5  # new steps before a kill, at most
 LOADING, SAVING = 0.15, 0.25  # shares of kills while it loads, and just after a save has begun
+WINDOW = 0.2  # seconds that a save may take; halved when a kill comes after it
 PATIENCE = 600.0  # seconds for the last, undisturbed part
 
 
@@ -107,16 +108,16 @@ def rows(folder: Path) -> list[tuple]:
 
 def run_killed(folder: Path, steps: int, kills: int, first: float, seed: int) -> list[dict]:
     """Start and kill until ``kills`` are done, then let it end; a line for each kill."""
-    chance, done = random.Random(seed), []
+    chance, done, window = random.Random(seed), [], WINDOW
     undisturbed = set(rows(folder.with_name("whole")))
     while len(done) < kills:
         before, job = len(lines(folder)), start(folder, steps)
         room = (steps - before) // (kills - len(done))  # so that the last kill comes before the end
         target = before + chance.randint(1, max(1, min(STEPS, 2 * room - 1)))
         delay, kind = chance.random(), chance.random()
-        saving = LOADING <= kind < LOADING + SAVING or not done
+        saving = LOADING <= kind < LOADING + SAVING or not any(k["in_a_save"] for k in done)
         if saving:
-            delay *= 0.2  # which takes about that long
+            delay *= window
         elif kind < LOADING:
             target, delay = before, first * delay
         while len(lines(folder)) < target and job.poll() is None:
@@ -141,6 +142,8 @@ def run_killed(folder: Path, steps: int, kills: int, first: float, seed: int) ->
             "published": sorted(int(p.name[5:]) for p in saves.glob("step-*")),
             "in_a_save": bool(list(saves.glob("staging-*"))),
         })  # fmt: skip
+        if saving and not done[-1]["in_a_save"]:
+            window /= 2
         say(f"kill {len(done)} of {kills}, after step {done[-1]['step']} of {steps}")
     job = start(folder, steps)
     if job.wait(PATIENCE):
