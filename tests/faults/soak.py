@@ -36,7 +36,7 @@ ALWAYS = [
 MEASURED = ("step", "loss", "answer_accuracy", "lr", "grad_norm")
 STEPS = 5  # new steps before a kill, at most
 LOADING, SAVING = 0.15, 0.25  # shares of kills while it loads, and just after a save has begun
-WINDOW = 0.2  # seconds that a save may take; halved when a kill comes after it
+WINDOW = 0.15  # seconds that a save may take; halved when a kill comes after it
 PATIENCE = 600.0  # seconds for the last, undisturbed part
 
 
