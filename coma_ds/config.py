@@ -150,6 +150,11 @@ class CompressConfig(Section):
     format: Literal["multi_turn", "single_turn", "description", "caption"] = "multi_turn"
     visible: bool = False  # rule off: the dialogue sees the image
 
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher's forward goes in front of each."""
+        return self.loss == "kl"
+
     @model_validator(mode="after")
     def _teacher(self):
         if self.visible and self.loss == "kl":

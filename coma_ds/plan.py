@@ -213,7 +213,10 @@ class Planner:
 
     def _logits(self, config: RunConfig) -> float:
         """Logits, their gradient, and one of both in between, of a part of the answers."""
-        return 0.0 if config.objective == "match" else 3 * 4.0 * MAX_LOGITS
+        if config.objective == "match":
+            return 0.0
+        taught = 2 * config.compress.taught  # a teacher's, and their logarithm
+        return (3 + taught) * 4.0 * MAX_LOGITS
 
     def _of_chunks(
         self, config: RunConfig, graphs: Graphs, load: Load, cut: Cut, item: int
@@ -234,7 +237,12 @@ class Planner:
         matching, records = config.objective == "match", self._records(config)
         merge, flops = model.backbone.merge, ModelFlops.of(model)
         replayed = 1 - cut.kept / cut.chunks
-        work = load.work(records, merge, replayed=replayed, matching=matching)
+        taught = config.compress.taught
+        work = load.work(records, merge, replayed=replayed, matching=matching, taught=taught)
+        if not matching and (taught or not self.liger):
+            at_once = MAX_LOGITS // model.answers.weight.shape[0]
+            if cut.size / load.tokens * load.answers > at_once:
+                work.head_rows_again = sum(work.head_rows)
         least = load.work(records, merge, replayed=0.0, matching=matching)
         if model.vision_is_trained:  # in stage 2 once more with its graph
             for name in ("patch_rows", "image_rows", "vision_pairs"):
@@ -247,11 +255,15 @@ class Planner:
         """Executed over needed FLOPs that a mode cannot go below, by what it does."""
         flops, merge = ModelFlops.of(self._outline(self.config)[0]), self.model.backbone.merge
         plain, again = (replace(flops, checkpointed=on) for on in (False, True))
-        matching, records = self.config.objective == "match", self.config.optim.batch_size
+        config = self.config
+        matching, records = config.objective == "match", config.optim.batch_size
         once = load.work(records, merge, replayed=0.0, matching=matching)
         needed = plain.executed(once)
         if not matching:
-            return {"without checkpoints": 1.0, "with": again.executed(once) / needed}
+            taught = config.compress.taught
+            work = load.work(records, merge, replayed=0.0, matching=False, taught=taught)
+            done = {"without checkpoints": plain.executed(work), "with": again.executed(work)}
+            return {mode: flops / needed for mode, flops in done.items()}
         twice = load.work(records, merge, replayed=1.0, matching=True)
         usual = load.work(records, merge, replayed=1.0, matching=True)
         for name in ("patch_rows", "image_rows", "vision_pairs"):
@@ -312,6 +324,7 @@ class Planner:
             trains_vision=model.vision_is_trained,
             whole=whole,
             coalesced=coalesced,
+            taught=config.compress.taught,
         )
         return item * moved.gathered * share, item * moved.reduced * share
 
@@ -327,14 +340,8 @@ class Planner:
         """Bytes of pixels that the loaders of a node hold at most, in shared memory."""
         vision, config = self.model.backbone.lm.config.vision_config, self.config
         batches = config.data.workers * PREFETCHED * self.machine.per_node
-        patches = load.image_tokens * self.model.backbone.merge
-        return (
-            batches
-            * config.optim.batch_size
-            / self.machine.gpus
-            * patches
-            * (3 * vision.patch_size**2)
-        )
+        patches = batches * self._records(config) * load.image_tokens * self.model.backbone.merge
+        return patches * 3 * vision.patch_size**2
 
     def alternatives(self, load: Load) -> list[Plan]:
         """The run as configured, then the arrangements that a user would try."""

@@ -96,7 +96,7 @@ def describe_run(config: RunConfig, engine: Engine, data: TrainingData, source: 
     elif config.compress.visible:
         attention = "causal"
     teacher = ""
-    if config.compress.loss == "kl":
+    if config.compress.taught:
         teacher = " to the model that sees the image, its adapter off"
         if config.model.adapter == "none":
             teacher = " to this model as it is now and sees the image (no adapter to switch off)"

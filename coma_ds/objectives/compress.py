@@ -27,7 +27,7 @@ class Compress:
     def loss(self, model, batch: Batch, features_SFD) -> tuple[torch.Tensor, dict]:
         """Sum over the answer tokens (float32 scalar, with gradient), and sums to report."""
         teacher = None
-        if self.config.loss == "kl":
+        if self.config.taught:
             teacher = model.teacher_states(batch, features_SFD)
         total, right = model.answer_loss(batch, features_SFD, self.visibility, teacher)
         return total, {"loss": total.detach(), "answer_accuracy": right}

@@ -28,14 +28,17 @@ class Load:
     tokens: float
     image_tokens: float
     pairs: float  # of rows that see each other, in a layer of the text
+    causal: float  # the same without the visibility rule, as the teacher of stage 1 sees them
     vision_pairs: float  # the same over all layers of the tower
     answers: float
     longest: int
     said: str  # where it comes from
 
-    def work(self, records: float, merge: int, *, replayed: float, matching: bool) -> Work:
+    def work(
+        self, records: float, merge: int, *, replayed: float, matching: bool, taught: bool = False
+    ) -> Work:
         """Of a step over so many records, of which the share ``replayed`` has no graph at first;
-        a frozen tower."""
+        a frozen tower; ``taught``: that of stage 1 has a teacher."""
         work = Work()
         images = records * self.image_tokens
         work.patch_rows[0], work.image_rows[0] = int(images * merge), int(images)
@@ -46,6 +49,13 @@ class Load:
         work.text_pairs = [int(pairs * forwards), int(pairs)]
         if not matching:
             work.head_rows[1] = int(records * self.answers)
+            if taught:
+                work.add(
+                    graph=False,
+                    text_rows=int(tokens),
+                    text_pairs=int(records * self.causal),
+                    head_rows=int(records * self.answers),
+                )
         return work
 
 
@@ -111,7 +121,7 @@ def _mean(config: RunConfig, model, lengths: SampleLengths, weights: np.ndarray,
     """``weights`` of each sample: how many of it a record has."""
     tokens, images = lengths.tokens, lengths.image_tokens
     dialogue, count = lengths.dialogue, config.model.compression_tokens
-    pairs = tokens * (tokens + 1) / 2
+    pairs = causal = tokens * (tokens + 1) / 2
     if config.objective == "compress" and not config.compress.visible:
         pairs = pairs - dialogue * (tokens - dialogue - count)
     vision = model.backbone.lm.config.vision_config
@@ -126,6 +136,7 @@ def _mean(config: RunConfig, model, lengths: SampleLengths, weights: np.ndarray,
         tokens=mean(tokens),
         image_tokens=mean(images),
         pairs=mean(pairs),
+        causal=mean(causal),
         vision_pairs=mean(squares[place]),
         answers=mean(lengths.answers),
         longest=int(tokens.max()),

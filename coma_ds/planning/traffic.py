@@ -25,14 +25,15 @@ def step_traffic(
     trains_vision: bool = False,
     whole: bool = False,
     coalesced: bool = False,
+    taught: bool = False,
 ) -> Traffic:
     """The traffic of one step under ZeRO-3.
 
     ``chunks`` of which ``kept`` keep their graph; ``passes`` of a frozen tower; ``whole``: the
     weights stay whole from one update to the next; ``coalesced``: gradients are added up on each
-    rank and reduced once.  Where weights are sharded, each forward and each backward gathers what
-    it reads; a table that is the head too stays whole for the length of a forward in stage 1, of
-    that through the tower alone as well.
+    rank and reduced once; ``taught``: a teacher's forward in front of each chunk's.  Where weights
+    are sharded, each forward and each backward gathers what it reads; a table that is the head too
+    stays whole for the length of a forward in stage 1, of that through the tower alone as well.
     """
     w = weights
     replays = min(chunks, max(chunks - kept, 2 * int(trains_vision)))
@@ -44,10 +45,11 @@ def step_traffic(
     tower, language = w.vision, w.language
     if not matching:
         read = language + w.head
-        if trains_vision:
-            return Traffic(2 * chunks * (tower + read), reduced)
         table = 0 if w.head else w.embedding
-        return Traffic((tower + table) * passes + 2 * chunks * read, reduced)
+        teacher = chunks * taught * (language - table)
+        if trains_vision:
+            return Traffic(2 * chunks * (tower + read) + teacher, reduced)
+        return Traffic((tower + table) * passes + 2 * chunks * read + teacher, reduced)
     forwards = chunks + replays
     gathered = tower * passes + (forwards + chunks) * language
     if trains_vision:  # in the first replay, for gradients of zero, and in the last

@@ -17,6 +17,7 @@ from tests.distributed.harness import run_world
 PLAIN = str(Path(__file__).with_name("unfetched.json"))
 CHUNKS = {"one chunk": 8, "some chunks": 2, "many chunks": 1}
 ALL = {"images": "all"}
+TAUGHT = {"compress": {"loss": "kl"}, **ALL}
 # Nothing of these depends on the weights' parts, so a few show it.
 WHOLE = (
     "whole match one chunk", "whole match many chunks", "whole match many chunks lora",
@@ -45,6 +46,9 @@ def cases() -> list[Case]:
             Case(f"{name} compress untied", folder, "compress", chunk=some, model=UNTIED, **ALL),
             Case(f"{name} compress lora", folder, "compress", chunk=some, model=LORA, **ALL),
             Case(f"{name} compress tower", folder, "compress", chunk=some, model=TOWER, **ALL),
+            Case(f"{name} taught", folder, "compress", chunk=some, **TAUGHT),
+            Case(f"{name} taught untied", folder, "compress", chunk=some, model=UNTIED, **TAUGHT),
+            Case(f"{name} taught lora", folder, "compress", chunk=some, model=LORA, **TAUGHT),
         ]
     return [c for c in found if c.deepspeed == PLAIN or c.name in WHOLE]
 

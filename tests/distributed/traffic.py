@@ -102,6 +102,7 @@ def count(cases: list[dict]) -> dict[str, dict]:
             trains_vision=model.vision_is_trained,
             whole=engine.keeps_weights_whole,
             coalesced=engine.reduces_once,
+            taught=config.compress.taught,
         )
         engine.destroy()
         found[case.name] = {

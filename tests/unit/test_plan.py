@@ -127,6 +127,27 @@ def test_executed_flops_are_those_of_the_formula(match, load) -> None:
     assert plan.executed > text + tower
 
 
+def test_a_teacher_costs_a_forward_and_its_logits() -> None:
+    compress = planner(recipe="qwen2_5_vl_3b-compress")
+    taught = planner("compress.loss=kl", recipe="qwen2_5_vl_3b-compress")
+    load = assume(compress.config, compress.model, None, None)
+    flops, least = ModelFlops.of(compress.model), compress.plan(load)
+    plan = taught.plan(load)
+    assert plan.needed == least.needed
+    dialogues = compress.config.optim.batch_size / compress.machine.gpus
+    forward = (
+        flops.text.forward(dialogues * load.tokens) + flops.text_pair * dialogues * load.causal
+    )
+    logits = flops.head.forward(dialogues * load.answers)
+    more = plan.executed - least.executed  # its logits, and both once more in the backward
+    assert more == pytest.approx(forward + 3 * logits, rel=1e-3)
+    floor = taught.floors(load)["without checkpoints"]
+    assert floor == pytest.approx(1 + (forward + logits) / plan.needed, rel=1e-3)
+    language = compress.weights.language - compress.weights.embedding
+    share = (compress.machine.gpus - 1) / compress.machine.gpus
+    assert plan.gathered - least.gathered == pytest.approx(2 * plan.chunks * language * share)
+
+
 def test_kept_graphs_and_whole_weights_save_what_they_should(match, load) -> None:
     plans = match.alternatives(load)
     assert [p.overrides for p in plans] == [
