@@ -21,6 +21,7 @@ with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"), contextlib.suppress(Import
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from coma_ds import comm
 from coma_ds.config import RunConfig
 
 # What the run config says; a DeepSpeed file that says it too is an error.
@@ -83,6 +84,12 @@ def deepspeed_config(config: RunConfig) -> dict:
         raise ValueError(
             f"deepspeed file {config.deepspeed!r}: zero_optimization.stage must be 0, 1, 2 or 3, "
             f"found {zero!r:.60}"
+        )
+    group, world = zero.get("zero_hpz_partition_size", 1), comm.world_size()
+    if isinstance(group, int) and 1 < group < world and world % group:
+        raise ValueError(
+            f"deepspeed file {config.deepspeed!r}: zero_hpz_partition_size {group} does not divide "
+            f"the {world} ranks: it is the number of GPUs of a node"
         )
     if '"auto"' in json.dumps(tree):
         raise ValueError(

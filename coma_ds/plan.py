@@ -16,7 +16,7 @@ from coma_ds.kernels.info_nce import cost as loss_cost
 from coma_ds.mechanics import read_mechanics
 from coma_ds.model.answers import MAX_LOGITS
 from coma_ds.model.embedder import CompressionModel
-from coma_ds.planning.cards import Card
+from coma_ds.planning.cards import Machine
 from coma_ds.planning.flops import ModelFlops
 from coma_ds.planning.graphs import Graphs, measure_graphs
 from coma_ds.planning.load import Load
@@ -33,23 +33,10 @@ RESERVED = 2.0 * GIB  # what CUDA, NCCL and cuBLAS take for themselves
 USABLE = 0.96  # of a card: the rest is lost between blocks
 OVERLAP = 0.7  # of what is moved while there is something to compute, and the other way round
 FEW = 3.0  # times that the weights may be moved in a step
+HPZ = 8  # GPUs that share a copy in zero3_hpz.json
 SMALL = 4096  # tokens of a chunk
 HALF = 512  # tokens of a chunk at which a GPU reaches half of its rate (assumed)
 TOWER = (10, 4)  # rows of the tower's width, and of its inner width, that a pass holds a patch
-
-
-@dataclass(frozen=True)
-class Machine:
-    """GPUs of one kind; ``network_gb``: GB/s that a node receives from the others."""
-
-    card: Card
-    gpus: int
-    per_node: int
-    network_gb: float
-
-    @property
-    def nodes(self) -> int:
-        return math.ceil(self.gpus / self.per_node)
 
 
 @dataclass(frozen=True)
@@ -80,6 +67,7 @@ class Plan:
     gathered: float  # bytes that a GPU receives,
     times: float  # the same in weights of the whole model
     reduced: float
+    between: float  # bytes that reach it from other nodes
     computing: float
     moving: float
     capacity: float
@@ -147,7 +135,17 @@ class Planner:
         memory |= self._of_chunks(config, graphs, load, cut, item)
         executed, needed = self._arithmetic(config, load, cut)
         gathered, reduced = self._moved(config, zero, load, cut, coalesced, is_whole, item)
-        notes = []
+        between, notes = 0.0, []
+        if self.machine.nodes > 1:
+            inside = 1 < zero.group and self.machine.per_node % zero.group == 0
+            # Inside a node: all but the first gather of what the update has changed.
+            between = reduced + (min(gathered, item * self.weights.trained) if inside else gathered)
+            if between > FEW * self.weight_bytes:
+                notes.append(
+                    f"the weights come from other nodes {between / self.weight_bytes:.1f} times a "
+                    f"step: zero_hpz_partition_size={self.machine.per_node} in a DeepSpeed file "
+                    "keeps that inside each node"
+                )
         if cut.size < SMALL and cut.tokens > 2 * cut.size:
             notes.append(f"chunks of {cut.size:.0f} tokens are small: a GPU wants 16,000 or more")
         rate = card.tflops * 1e12 * card.share
@@ -163,8 +161,9 @@ class Planner:
             gathered=gathered,
             times=gathered / self.weight_bytes,
             reduced=reduced,
+            between=between,
             computing=executed * (1 + HALF / cut.size) / rate,
-            moving=self._moving(gathered + reduced),
+            moving=self.machine.seconds(gathered + reduced, between),
             capacity=capacity,
             notes=notes,
         )
@@ -328,14 +327,6 @@ class Planner:
         )
         return item * moved.gathered * share, item * moved.reduced * share
 
-    def _moving(self, received: float) -> float:
-        machine = self.machine
-        if machine.gpus == 1:
-            return 0.0
-        inside = received / (machine.card.node_gb * 1e9)
-        outside = received / (machine.network_gb * 1e9) if machine.nodes > 1 else 0.0
-        return max(inside, outside)
-
     def waiting(self, load: Load) -> float:
         """Bytes of pixels that the loaders of a node hold at most, in shared memory."""
         vision, config = self.model.backbone.lm.config.vision_config, self.config
@@ -349,7 +340,10 @@ class Planner:
         plans, seen = [self.plan(load)], set()
         whole = [self.config.deepspeed]
         if self.machine.gpus > 1:
-            whole += [name for name in ("zero3", "zero3_whole") if name not in whole]
+            names = ["zero3", "zero3_whole"]
+            if self.machine.nodes > 1 and self.machine.per_node % HPZ == 0:
+                names.append("zero3_hpz")
+            whole += [name for name in names if name not in whole]
         for mechanics in whole:
             for checkpointing in (False,) if matching else (True, False):
                 changes: Changes = {}

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print the plan; code 1 where nothing fits.  Raises ``ValueError`` for wrong arguments."""
-    from coma_ds.planning.cards import read_cards
+    from coma_ds.planning.cards import Machine, read_cards
 
     cards = read_cards(args.cards)
     if args.gpu not in cards:
@@ -72,7 +72,7 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("--recipe is missing: a shipped name (coma-ds config --list) or a file")
 
     from coma_ds.config import load_config
-    from coma_ds.plan import Machine, Planner
+    from coma_ds.plan import Planner
     from coma_ds.planning.load import assume, measured
 
     recipe = args.recipe or str(Path(args.against) / "config.yaml")
@@ -182,7 +182,8 @@ def describe(planner, load, plans: list, price: float | None) -> str:
         f"{chosen.computing:.2f} s of arithmetic and {chosen.moving:.2f} s of network a step",
         f"moved      {chosen.gathered / GB:.1f} GB of weights "
         f"({chosen.times:.1f} times all of them) and "
-        f"{chosen.reduced / GB:.2f} GB of gradients to a GPU each step",
+        f"{chosen.reduced / GB:.2f} GB of gradients to a GPU each step"
+        + (f", {chosen.between / GB:.2f} GB of it between nodes" if machine.nodes > 1 else ""),
         f"host       {planner.waiting(load) / GB:.1f} GB of pixels wait in the loaders of a node "
         f"at most ({config.data.workers} workers a GPU), in /dev/shm",
         f"floors     executed/needed: {floors}",

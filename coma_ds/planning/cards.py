@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,28 @@ class Card:
     node_gb: float
     share: float
     measured: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind; ``network_gb``: GB/s that a node receives from the others."""
+
+    card: Card
+    gpus: int
+    per_node: int
+    network_gb: float
+
+    @property
+    def nodes(self) -> int:
+        """How many."""
+        return math.ceil(self.gpus / self.per_node)
+
+    def seconds(self, received: float, between: float) -> float:
+        """To move what a GPU receives, ``between`` of these bytes from other nodes."""
+        if self.gpus == 1:
+            return 0.0
+        inside = received / (self.card.node_gb * 1e9)
+        return max(inside, between / (self.network_gb * 1e9))
 
 
 def read_cards(path: str | None = None) -> dict[str, Card]:

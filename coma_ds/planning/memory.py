@@ -17,12 +17,15 @@ MOMENTS = {"adamw": 8, "muon": 8, "sgd": 0}  # bytes of the optimizer's own, at 
 
 @dataclass(frozen=True)
 class Zero:
-    """What counts of a DeepSpeed config; ``whole``: weights that stay whole on every rank."""
+    """What counts of a DeepSpeed config; ``whole``: weights that stay whole on every rank;
+    ``group``: ranks that share a second copy of the weights (hpZ of ZeRO++), from which all is
+    gathered that no update has changed."""
 
     stage: int
     whole: int = 0
     bucket: int = 0
     live: int = 0
+    group: int = 1
     offload_optimizer: bool = False
     offload_weights: bool = False
 
@@ -46,6 +49,7 @@ class Zero:
             whole=whole,
             bucket=int(zero.get("reduce_bucket_size", 5e8)),
             live=int(zero.get("stage3_max_live_parameters", 1e9)),
+            group=int(zero.get("zero_hpz_partition_size", 1)) if stage == 3 else 1,
             offload_optimizer=offloaded("offload_optimizer"),
             offload_weights=offloaded("offload_param"),
         )
@@ -66,6 +70,8 @@ def states(
         found["weights"] = item * zero.whole + item * total / world * (not zero.offload_weights)
         found["gathered"] = item * min(total - zero.whole, zero.live)
         found["buckets"] = item * zero.bucket
+        if zero.group > 1:
+            found["copy"] = item * total / min(zero.group, world)
     if zero.stage in (1, 2):
         found["buckets"] = item * min(trained, zero.bucket)
     gradients = {0: item * trained, 1: 4 * (part + trained * half), 2: 4 * part, 3: 4 * part}

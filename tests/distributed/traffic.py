@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 from deepspeed.comm import comm as deepspeed_comm
+from torch.distributed import ProcessGroup
 
 from coma_ds import comm
 from coma_ds import step as step_module
@@ -26,11 +27,15 @@ KINDS = ("gather", "reduce_scatter", "all_reduce", "allreduce")
 
 
 class Counted:
-    """Every collective of DeepSpeed's backend, elements and calls by kind; nested ones once."""
+    """Every collective of DeepSpeed's backend, elements and calls by kind; nested ones once.
+
+    ``among_all``: elements of those that are not of a group of some ranks.
+    """
 
     def __init__(self) -> None:
         self.elements: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.among_all: Counter[str] = Counter()
         self._inside = False
 
     def patches(self) -> list:
@@ -56,6 +61,9 @@ class Counted:
                     first = args[0] if args else next(iter(kwargs.values()))
                     self.calls[kind] += 1
                     self.elements[kind] += _elements(first)
+                    groups = [x for x in (*args, *kwargs.values()) if isinstance(x, ProcessGroup)]
+                    if all(group.size() == comm.world_size() for group in groups):
+                        self.among_all[kind] += _elements(first)
 
         return counting
 
@@ -110,6 +118,7 @@ def count(cases: list[dict]) -> dict[str, dict]:
             "weights": weights.total,
             "trained": weights.trained,
             "gathered": counted.elements["gather"],
+            "gathered_among_all": counted.among_all["gather"],
             "reduced": counted.elements["reduce_scatter"] * comm.world_size(),  # counts a shard
             "reductions": counted.calls["reduce_scatter"],
             "elsewhere": counted.elements["all_reduce"] + counted.elements["allreduce"],

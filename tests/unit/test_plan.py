@@ -14,8 +14,8 @@ import torch
 
 from coma_ds.commands.main import dispatch
 from coma_ds.config import load_config
-from coma_ds.plan import GIB, Machine, Planner, best
-from coma_ds.planning.cards import read_cards
+from coma_ds.plan import GIB, Planner, best
+from coma_ds.planning.cards import Machine, read_cards
 from coma_ds.planning.flops import ModelFlops
 from coma_ds.planning.graphs import SavedBytes, _Saves, measure_graphs
 from coma_ds.planning.load import assume
@@ -204,6 +204,24 @@ def test_the_largest_batch_fits_and_the_next_does_not(match, load) -> None:
 def test_pixels_that_wait_on_the_host(match, load) -> None:
     """8 GPUs, 8 workers each, 2 batches, 128 pairs, 4 patches a token of 14 x 14 x 3 bytes."""
     assert match.waiting(load) == 8 * 8 * 2 * 128 * load.image_tokens * 4 * 14 * 14 * 3
+
+
+def test_a_copy_in_each_node_leaves_the_network_to_what_an_update_changed() -> None:
+    nodes = planner("optim.batch_size=8192", recipe="qwen2_5_vl_7b-match", gpus=32)
+    load = assume(nodes.config, nodes.model, None, None)
+    many = {"chunk.samples": 16}
+    plain, copied = (nodes.plan(load, many | {"deepspeed": x}) for x in ("zero3", "zero3_hpz"))
+    assert plain.gathered == copied.gathered and plain.between > 50 * nodes.weight_bytes
+    changed = 2 * nodes.weights.trained
+    assert changed <= copied.between <= 3 * changed  # and gradients
+    assert copied.memory["copy"] == 2 * nodes.weights.total / 8
+    assert copied.moving < plain.moving / 5 and copied.seconds < plain.seconds
+    (said,) = (note for note in plain.notes if "zero_hpz_partition_size=8" in note)
+    assert "from other nodes" in said and not any("hpz" in note for note in copied.notes)
+    names = [plan.changes.get("deepspeed") for plan in nodes.alternatives(load)]
+    assert "zero3_hpz" in names
+    four = planner(recipe="qwen2_5_vl_7b-match", gpus=8, per_node=4)
+    assert "zero3_hpz" not in [p.changes.get("deepspeed") for p in four.alternatives(load)]
 
 
 def test_two_nodes_wait_for_their_network() -> None:

@@ -26,7 +26,10 @@ WANTED = {
     ),
     "qwen3_vl_2b-match",
 }
-MECHANICS = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_whole": 3, "zero3_offload": 3}
+MECHANICS = {
+    "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_whole": 3, "zero3_hpz": 3,
+    "zero3_offload": 3,
+}  # fmt: skip
 PAPER = [n for n in sorted(WANTED) if n.startswith("qwen2_5_vl")]
 
 
@@ -197,3 +200,13 @@ def test_mechanics_that_deepspeed_refuses_name_the_file(zero, says, tmp_path) ->
     with pytest.raises(ValueError) as caught:
         deepspeed_config(load_config(None, [f"deepspeed={json.dumps(str(file))}"]))
     assert f"deepspeed file {str(file)!r}" in str(caught.value) and says in str(caught.value)
+
+
+def test_a_group_of_nodes_that_does_not_divide_the_ranks(monkeypatch) -> None:
+    for world, fits in ((1, True), (4, True), (16, True), (12, False)):
+        monkeypatch.setattr("coma_ds.comm.world_size", lambda world=world: world)
+        if fits:
+            deepspeed_config(load_config(None, ["deepspeed=zero3_hpz"]))
+        else:
+            with pytest.raises(ValueError, match="partition_size 8 does not divide the 12 ranks"):
+                deepspeed_config(load_config(None, ["deepspeed=zero3_hpz"]))
