@@ -29,7 +29,8 @@ from coma_ds.mechanics import deepspeed_config
 from coma_ds.model.card import model_card
 from coma_ds.model.embedder import CompressionModel
 from coma_ds.model.export import export_model
-from coma_ds.model.loading import build_model, resolve_model
+from coma_ds.model.loading import build_model
+from coma_ds.model.source import resolve_model
 from coma_ds.objectives.compress import Compress
 from coma_ds.objectives.match import Match
 from coma_ds.optim import build_optimizer

@@ -26,6 +26,7 @@ from coma_ds.manifest import (
     STAGING,
     UNIVERSAL,
     Manifest,
+    check_given,
     digest,
     problems,
     published,
@@ -159,7 +160,10 @@ class Checkpoints:
         sync(self.folder)
         if not self._owned():  # by now: pointer and old checkpoints are the newer start's
             return
-        write_atomically(self.folder / POINTER, target.name)
+        try:
+            write_atomically(self.folder / POINTER, target.name)
+        except OSError as error:  # DeepSpeed's tools read it; a run that goes on does not
+            log.warning("%s does not name %s: %s", self.folder / POINTER, target.name, error)
         self._announce(manifest.step)
         settings = self.config
         for path in surplus(
@@ -198,6 +202,7 @@ class Checkpoints:
             return None
         if resume != "auto":
             path = Path(resume)
+            comm.decide(lambda: check_given(resume))
             if found := _agreed_problems(path):
                 raise ValueError(found[0])
             return path

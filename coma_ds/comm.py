@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from coma_ds.rank_report import CONTROL
+
 log = logging.getLogger("coma_ds")
 
 Result = TypeVar("Result")
@@ -60,6 +62,15 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def port_in_use() -> str:
+    """What to say where another process has the launcher's port."""
+    whose = "job another one (COMA_MASTER_PORT)"
+    if CONTROL not in os.environ:
+        whose = "launcher another one (--master_port)"
+    port = os.environ.get("MASTER_PORT", "")
+    return f"port {port} is in use on this machine, maybe by another run: give the {whose}"
 
 
 def decide(call: Callable[[], Result]) -> Result:

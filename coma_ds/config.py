@@ -219,8 +219,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(Section):
     batch_size: int = Field(256, ge=1)  # pairs or dialogues of one optimizer step, all ranks
     steps: int = Field(100, ge=0)  # 0: export and evaluate what it starts from
-    lr: float = Field(5e-5, gt=0)
-    token_lr: float | None = Field(None, gt=0)  # compression tokens; None: lr
+    lr: float = Field(5e-5, gt=0, le=1e30)
+    token_lr: float | None = Field(None, gt=0, le=1e30)  # compression tokens; None: lr
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
     weight_decay: float = Field(0.0, ge=0)

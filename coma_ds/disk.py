@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 
 
@@ -13,4 +13,7 @@ def existing_part(path: Path) -> Path:
 
 def room(path: Path) -> str:
     """What is free where ``path`` is or will be, in words."""
-    return f"{shutil.disk_usage(existing_part(path)).free / 2**20:.0f} MB are free there"
+    found = os.statvfs(existing_part(path))
+    if found.f_files and not found.f_favail:
+        return "there is no room for one more file there"
+    return f"{found.f_bavail * found.f_frsize / 2**20:.0f} MB are free there"

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 
 from coma_ds.config import RunConfig
+from coma_ds.rank_report import CONTROL
 from coma_ds.recipe_files import parse_overrides
 
-CONTROL = "COMA_DS_CONTROL"  # where a job of a cluster finds its folder
 JOB_CHECKPOINTS = 10  # of its run
 
 _FORMATS = {  # the keys of data that a format reads, beside those that all of them do

@@ -25,7 +25,8 @@ from coma_ds.data.records import Picture, Side
 from coma_ds.evaluation import shortened
 from coma_ds.hardware import usable_device
 from coma_ds.inference import encode_sides
-from coma_ds.model.loading import load_finished, resolve_model
+from coma_ds.model.loading import load_finished
+from coma_ds.model.source import resolve_model
 
 log = logging.getLogger("coma_ds")
 

@@ -71,10 +71,7 @@ def start(timeout_minutes: int | None = None) -> torch.device:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ValueError(
-            f"port {os.environ['MASTER_PORT']} is in use on this machine, maybe by another run: "
-            "give the launcher another one (--master_port)"
-        ) from error
+        raise ValueError(comm.port_in_use()) from error
     return device
 
 

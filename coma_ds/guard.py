@@ -24,7 +24,7 @@ class Guard:
     def __init__(self, config: GuardConfig, folder: Path | None) -> None:
         self.config = config
         self.skipped = 0  # in all
-        self._in_a_row = 0
+        self.in_a_row = 0  # skipped, the last one included
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._folder = folder  # None: nothing is written
 
@@ -50,12 +50,12 @@ class Guard:
                 "; the step is left out" if self.config.skip_spikes else "",
             )  # fmt: skip
         if applied:
-            self._in_a_row = 0
+            self.in_a_row = 0
             if not jumped:
                 self._losses.append(loss)
             return
         self.skipped += 1
-        self._in_a_row += 1
+        self.in_a_row += 1
         reason = "loss spike" if jumped else "gradient not finite"
         if not jumped:
             log.warning("step %d was skipped on every rank: its gradient is not finite", done)
@@ -66,21 +66,21 @@ class Guard:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 log.warning("step %d is not in %s: %s", done, SKIPPED_FILE, error)
-        if self._in_a_row >= self.config.skips_in_a_row:
+        if self.in_a_row >= self.config.skips_in_a_row:
             raise ValueError(
-                f"{self._in_a_row} steps in a row were skipped, the last is {done} ({reason}): "
+                f"{self.in_a_row} steps in a row were skipped, the last is {done} ({reason}): "
                 f"lower optim.lr, look at the samples in {SKIPPED_FILE}, or go on from an earlier "
                 "checkpoint (guard.skips_in_a_row is the limit)"
             )
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to judge as this one would."""
-        row = {"skipped": self.skipped, "in_a_row": self._in_a_row}
+        row = {"skipped": self.skipped, "in_a_row": self.in_a_row}
         return row | {"losses": list(self._losses)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self._losses = deque(state["losses"], maxlen=WINDOW)
 
 

@@ -62,11 +62,15 @@ def sync(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """A reader sees the old text or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -111,6 +115,21 @@ def problems(checkpoint: Path, share: int = 0, shares: int = 1) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     return []
+
+
+def check_given(resume: str) -> None:
+    """Raise ``ValueError`` for a ``checkpoint.resume`` that is no folder of a checkpoint."""
+    if resume in ("auto", "none"):
+        return
+    try:
+        read_manifest(Path(resume))
+    except ValueError as error:
+        if (Path(resume) / MANIFEST).is_file():
+            raise
+        raise ValueError(
+            f"checkpoint.resume {resume!r} is no checkpoint ({error}): expected auto, none, or a "
+            "folder RUN/checkpoints/step-..."
+        ) from None
 
 
 def published(folder: Path) -> list[Path]:

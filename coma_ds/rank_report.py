@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = "COMA_DS_RANK_REPORTS"
+CONTROL = "COMA_DS_CONTROL"  # where a job of a cluster finds its folder
 # Codes of a run that ended as it was asked to: stopped, taken over, held (``coma_ds.stopping``).
 AS_ASKED = (85, 86, 87)
 RESERVED = 4096  # bytes

@@ -114,15 +114,14 @@ class Run:
         logging_config = self.config.logging
         active = self.keep and self.main
         first = step + 1 if own else 1
-        self.monitor = Monitor(
-            self.folder,
-            active=active,
-            tensorboard=logging_config.tensorboard,
-            resume_step=first,
-            ended=own and 0 < step == self.config.optim.steps,
-        )
-        if active:
-            keep_before(self.folder / SKIPPED_FILE, first)
+        ended = own and 0 < step == self.config.optim.steps
+        with run_folder.written(self.folder):
+            self.monitor = Monitor(
+                self.folder, active=active, tensorboard=logging_config.tensorboard,
+                resume_step=first, ended=ended,
+            )  # fmt: skip
+            if active:
+                keep_before(self.folder / SKIPPED_FILE, first)
         self.monitor.text("config", f"```\n{dump(self.config)}```", first)
         if self.main and logging_config.progress and sys.stderr.isatty():
             steps = self.config.optim.steps
@@ -272,11 +271,12 @@ class Run:
 
     def checkpoint_is_due(self, done: int) -> bool:
         """True after the steps that ``checkpoint.every`` says, after the last one, and where
-        ``checkpoint.best`` has been measured."""
-        every = self.config.checkpoint.every
-        last = done == self.config.optim.steps
+        ``checkpoint.best`` has been measured; not after one that was skipped, which changed nothing
+        (a row of these would push out every checkpoint from before the fault)."""
+        every, last = self.config.checkpoint.every, done == self.config.optim.steps
         measured = bool(self.config.checkpoint.best) and self.evaluated == done
-        return self.keep and bool(every) and (done % every == 0 or last or measured)
+        due = last or (not self.guard.in_a_row and (measured or (every and done % every == 0)))
+        return self.keep and bool(every) and bool(due)
 
     def save(self, engine: Engine, done: int) -> bool:
         """Write a checkpoint, which is published beside the training; False where it failed."""

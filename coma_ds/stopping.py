@@ -18,8 +18,8 @@ import torch
 
 from coma_ds import comm
 from coma_ds.disk import room
-from coma_ds.effects import CONTROL
 from coma_ds.manifest import write_atomically
+from coma_ds.rank_report import CONTROL
 
 log = logging.getLogger("coma_ds")
 
@@ -98,9 +98,18 @@ class Requests:
             self._timer = threading.Timer(limit, _end_hard, (limit,))
             self._timer.daemon = True
             self._timer.start()
-        if request == Request.SAVE and comm.rank() == 0:
-            (self._switches / "save").unlink(missing_ok=True)
+        if request == Request.SAVE:
+            comm.decide(self._take_save)
         return request
+
+    def _take_save(self) -> None:
+        switch = self._switches / "save"
+        try:
+            switch.rmdir() if switch.is_dir() else switch.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{switch} asks for a checkpoint and cannot be removed: {error.strerror}"
+            ) from None
 
     def _look(self) -> Request:
         if not self._owned():

@@ -7,6 +7,7 @@ set -euo pipefail
 
 say() { printf 'job: %s\n' "$*" >&2; }
 fail() {
+    if [[ ${early:-} == term ]]; then heed_early; fi # it ended what failed
     say "error: $*"
     exit 2
 }
@@ -25,6 +26,36 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     exec sbatch ${COMA_SBATCH:-} "$0" "$@"
 fi
 
+# ---- a start and its end in SLURM
+
+restarts=${SLURM_RESTART_COUNT:-0}
+# One task of an array may have the number of the whole: requeue would then take all of them.
+job_id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+export COMA_MAX_RESTARTS=${COMA_MAX_RESTARTS:-20}
+
+requeue() { # REASON
+    if ((restarts >= COMA_MAX_RESTARTS)); then
+        say "not started again: $restarts restarts are the limit (COMA_MAX_RESTARTS)"
+        return 1
+    fi
+    say "requeued, restart $((restarts + 1)) of at most $COMA_MAX_RESTARTS: $1"
+    trap '' TERM USR1
+    scontrol requeue "$job_id" || {
+        say 'not started again: SLURM refused the requeue'
+        return 1
+    }
+}
+
+heed_early() { # the batch script's traps heard a signal before anything was begun
+    case ${early:-} in
+    usr1) if requeue 'SLURM warns of the end before anything was begun'; then exit 0; else exit 85; fi ;;
+    term)
+        say 'ended by SLURM before anything was begun'
+        exit 143
+        ;;
+    esac
+}
+
 # ---- settings: slurm/site.env.example says what they are
 
 export COMA_LAUNCHER=${COMA_LAUNCHER:-torchrun}
@@ -35,15 +66,21 @@ esac
 
 for name in COMA_RANKS_PER_NODE COMA_MAX_RESTARTS COMA_DS_LEAD_SECONDS COMA_MASTER_PORT \
     COMA_PREFLIGHT_SECONDS COMA_ROOM_SECONDS; do
-    if [[ -n ${!name:-} && ! ${!name} =~ ^(0|[1-9][0-9]*)$ ]]; then
-        fail "$name is '${!name}': expected a whole number"
+    if [[ -n ${!name:-} && ! ${!name} =~ ^(0|[1-9][0-9]{0,6})$ ]]; then
+        fail "$name is '${!name}': expected a whole number below ten million"
     fi
 done
-for name in COMA_RANKS_PER_NODE COMA_DS_LEAD_SECONDS COMA_MASTER_PORT; do
+for name in COMA_RANKS_PER_NODE COMA_DS_LEAD_SECONDS COMA_MASTER_PORT COMA_PREFLIGHT_SECONDS; do
     if [[ ${!name:-1} == 0 ]]; then fail "$name is 0: expected 1 or more"; fi
 done
 if ((${COMA_MASTER_PORT:-1} > 65535)); then
     fail "COMA_MASTER_PORT is '$COMA_MASTER_PORT': expected 65535 or less"
+fi
+if ((${COMA_RANKS_PER_NODE:-1} > 1024)); then
+    fail "COMA_RANKS_PER_NODE is '$COMA_RANKS_PER_NODE': expected 1024 or less"
+fi
+if [[ ! ${COMA_PREFLIGHT:-1} =~ ^[01]$ ]]; then
+    fail "COMA_PREFLIGHT is '$COMA_PREFLIGHT': expected 1, or 0 to leave it out"
 fi
 if [[ ! ${COMA_MIN_FREE_GIB:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
     fail "COMA_MIN_FREE_GIB is '$COMA_MIN_FREE_GIB': expected a number of GiB"
@@ -87,9 +124,6 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} / COMA_RANKS_PER_NODE > 0 ?
     ${SLURM_CPUS_ON_NODE:-1} / COMA_RANKS_PER_NODE : 1))}
 
-restarts=${SLURM_RESTART_COUNT:-0}
-# One task of an array may have the number of the whole: requeue would then take all of them.
-job_id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export COMA_NODE_NAMES="${names[*]}"
 export MASTER_ADDR=${COMA_MASTER_ADDR:-${names[0]}}
@@ -102,7 +136,6 @@ export COMA_SHARED=${COMA_SHARED:-$root/runs}
 export COMA_DS_CONTROL=$COMA_SHARED/jobs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export COMA_DS_LEAD_SECONDS=${COMA_DS_LEAD_SECONDS:-300}
 export COMA_DS_RANK_REPORTS=$COMA_DS_CONTROL/ranks/$restarts
-export COMA_MAX_RESTARTS=${COMA_MAX_RESTARTS:-20}
 COMA_ROOM_SECONDS=${COMA_ROOM_SECONDS:-300}
 
 # ---- the job's folder
@@ -111,23 +144,28 @@ COMA_ROOM_SECONDS=${COMA_ROOM_SECONDS:-300}
 if ((restarts == 0)) && [[ -e $COMA_DS_CONTROL ]]; then
     mv "$COMA_DS_CONTROL" "$COMA_DS_CONTROL.$(date +%Y%m%d-%H%M%S)"
 fi
-mkdir -p "$COMA_DS_RANK_REPORTS" "$COMA_DS_CONTROL/flight" ||
-    fail "$COMA_DS_CONTROL cannot be made: COMA_SHARED must be a folder on all nodes"
-rm -f "$COMA_DS_CONTROL/stop" "$COMA_DS_RANK_REPORTS"/*
-
-has_room() {
+lacks=''
+has_room() { # makes the folder
+    lacks=$(LC_ALL=C mkdir -p "$COMA_DS_RANK_REPORTS" "$COMA_DS_CONTROL/flight" 2>&1) || return 1
+    lacks='No space left on device'
     { printf '%65536s' '' >"$COMA_DS_CONTROL/.room"; } 2>/dev/null || return 1
     rm -f "$COMA_DS_CONTROL/.room"
 }
 waited=0
+heed_early
 while ! has_room; do
+    if [[ $lacks != *'No space'* && $lacks != *quota* ]]; then
+        fail "$COMA_DS_CONTROL cannot be made (${lacks##*: }): COMA_SHARED must be a folder on all nodes"
+    fi
     if ((waited >= COMA_ROOM_SECONDS)); then
         fail "$COMA_DS_CONTROL has no room, as $(uname -n) sees it: make some (COMA_SHARED)"
     fi
     if ((waited == 0)); then say "waits for room at $COMA_DS_CONTROL, $COMA_ROOM_SECONDS s at most"; fi
     sleep 5
+    heed_early
     waited=$((waited + 5))
 done
+rm -f "$COMA_DS_CONTROL/stop" "$COMA_DS_RANK_REPORTS"/*
 
 published() { # the last published step, 0 without one
     local step=0
@@ -209,17 +247,16 @@ signals=0 stopping='' ended='' timer='' nothing_to_save=''
 
 ask_to_stop() {
     is_newest || return 0
-    if [[ -z $stopping ]]; then
-        stopping=$1
-        local what='asked the ranks to save and stop (after the step or evaluation they are in)'
-        if [[ -n $nothing_to_save ]]; then what='the evaluation is ended'; fi
-        say "$1: $what"
-    fi
     # on a full disk it is empty, which will do
     { printf '%(%FT%T)T\n' -1 >"$COMA_DS_CONTROL/stop"; } 2>/dev/null || true
+    if [[ -n $stopping ]]; then return; fi
+    stopping=$1
+    local what='asked the ranks to save and stop (after the step or evaluation they are in)'
     if [[ ! -e $COMA_DS_CONTROL/stop ]]; then
-        say "error: $COMA_DS_CONTROL/stop cannot be written: the ranks do not hear of it"
+        what="the ranks do not hear of it ($COMA_DS_CONTROL/stop cannot be written) and are ended"
     fi
+    if [[ -n $nothing_to_save ]]; then what='the evaluation is ended'; fi
+    say "$1: $what"
 }
 seconds_left() {
     local end
@@ -265,6 +302,7 @@ end_step() {
 }
 trap on_usr1 USR1
 trap on_term TERM
+if [[ -n ${early:-} ]]; then "on_$early"; fi
 
 # All cores of the node's part of the job are for all its ranks, where SLURM binds at all.
 binding=()
@@ -286,19 +324,6 @@ run_step() { # srun in the background, so that signals are heard; its exit code
 
 # ---- the end of a start
 
-requeue() { # REASON
-    if ((restarts >= COMA_MAX_RESTARTS)); then
-        say "not started again: $restarts restarts are the limit (COMA_MAX_RESTARTS)"
-        return 1
-    fi
-    say "requeued, restart $((restarts + 1)) of at most $COMA_MAX_RESTARTS: $1"
-    trap '' TERM USR1
-    scontrol requeue "$job_id" || {
-        say 'not started again: SLURM refused the requeue'
-        return 1
-    }
-}
-
 # Starts in a row, this one included, in which no step was published.
 idle_starts() {
     local count=0 start
@@ -311,7 +336,9 @@ idle_starts() {
 
 finish() { # CODE MESSAGE: what the ranks' end means for the job
     local code=$1 message=$2 idle
-    if [[ -n $timer && $timer != none ]]; then kill "$timer" 2>/dev/null || true; fi
+    if [[ -n $timer && $timer != none ]] && ! kill "$timer" 2>/dev/null; then
+        message='' # the timer has ended the ranks, and itself
+    fi
     if ! is_newest; then
         say 'this job runs elsewhere by now: this start of it ends'
         exit 0
@@ -368,6 +395,7 @@ finish() { # CODE MESSAGE: what the ranks' end means for the job
 # ---- the two kinds of jobs
 
 preflight() { # ARGUMENTS: what to look at
+    if [[ -n $stopping ]]; then finish 85 ''; fi # heard before any rank was there
     if [[ ${COMA_PREFLIGHT:-1} == 0 ]]; then return; fi
     local code=0
     run_step --job-name=preflight --time=2 \
@@ -422,7 +450,8 @@ launch_train() { # DEFAULT_RECIPE [RECIPE] [KEY=VALUE ...]
             shift
             ;;
         --recipe=*) take_recipe "${word#--recipe=}" ;;
-        -*) words+=("$word") ;;
+        --dry-run | --verify-gradients) words+=("$word") ;;
+        -*) fail "'$word': a training takes --recipe NAME, --dry-run and --verify-gradients" ;;
         *=*) overrides+=("$word") words+=("$word") ;;
         *) take_recipe "$word" ;;
         esac
@@ -437,6 +466,7 @@ launch_train() { # DEFAULT_RECIPE [RECIPE] [KEY=VALUE ...]
 
 launch_evaluate() { # RUN [OPTION ...]
     if [[ -z ${1:-} ]]; then fail 'evaluate: name the folder of a run'; fi
+    set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-}}"
     nothing_to_save=' before its end'
     begin
     preflight --evaluate "$@"

@@ -7,6 +7,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #   sbatch slurm/compress.sh [RECIPE] [KEY=VALUE ...]        from the root of the repository
+early=''  # a signal before slurm/common.sh can hear it
+trap 'early=usr1' USR1
+trap 'early=term' TERM
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 [[ -f slurm/common.sh ]] || { echo 'error: submit from the root of the repository' >&2 && exit 2; }

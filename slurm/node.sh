@@ -12,7 +12,7 @@ entry=("$@")
 
 case $COMA_LAUNCHER in
 torchrun)
-    launcher=(-m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$node"
+    launcher=(-m coma_ds.torchrun --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$node"
         --nproc-per-node "$ranks" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
         --shutdown-timeout 5)
     ;;

@@ -22,22 +22,35 @@ if [[ -f slurm/site.env ]]; then
     set +a
 fi
 
-options=() name='' folder='' compress=() match=()
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+options=() name='' folder='' compress=() match=() before='' hint=''
 for word in "$@"; do
     case $word in
     -*) options+=("$word") ;;
+    output=) fail "'$word': name the folder of both stages" ;;
     output=*) folder=${word#output=} ;;
+    compress:output=* | match:output=*) fail "'$word': output=FOLDER is that of both stages" ;;
+    init_from=* | match:init_from=*)
+        fail "'$word': match goes on from this compress (compress:init_from=RUN is possible)"
+        ;;
     compress:*=*) compress+=("${word#compress:}") ;;
     match:*=*) match+=("${word#match:}") ;;
     *=*) compress+=("$word") match+=("$word") ;;
     *)
         if [[ -n $name ]]; then
-            echo "error: '$word': one name of recipes is expected, and there is '$name'" >&2
-            exit 2
+            fail "'$word': one name of recipes is expected, and there is '$name'"
         fi
         name=$word
+        if [[ $before == --* && $before != *=* ]]; then
+            hint="'$word' is taken for the NAME of recipes; an option with a value is one word, $before=$word"
+        fi
         ;;
     esac
+    before=$word
 done
 name=${name:-demo}
 folder=${folder:-${COMA_SHARED:-$PWD/runs}/$name}
@@ -47,9 +60,15 @@ python=${COMA_PYTHON:-${COMA_VENV:+$COMA_VENV/bin/python}}
 if [[ -z $python && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
 python=${python:-python3}
 if [[ -z ${COMA_CONTAINER:-} ]] && "$python" -P -c 'import coma_ds, pydantic, yaml' 2>/dev/null; then
-    settle() { "$python" -P -m coma_ds.commands.main config --recipe "$@" >/dev/null || exit 2; }
+    settle() { # as in a job, where checkpoints are published in any case
+        COMA_DS_CONTROL=. "$python" -P -m coma_ds.commands.main config --recipe "$@" >/dev/null && return
+        if [[ -n $hint ]]; then echo "$hint" >&2; fi
+        exit 2
+    }
     settle "$name-compress" "output=$folder/compress" "${compress[@]}"
     settle "$name-match" "output=$folder/match" "init_from=$folder/compress" "${match[@]}"
+else
+    echo "words are not checked here: $python has no coma_ds, or the jobs run in a container" >&2
 fi
 
 submit() { # DEPENDENCY SCRIPT ARGUMENTS: the number of the job

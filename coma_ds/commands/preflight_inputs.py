@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -45,12 +46,20 @@ def evaluated_config(words: list[str]) -> RunConfig:
 
 
 def check_data(config: RunConfig) -> None:
-    """Raise ``ValueError`` when a sample of the training data or its images is not here.
+    """Raise ``ValueError`` when the model, the checkpoint that a first start goes on from, or a
+    sample of the training data or its images is not here.
 
     Where the config allows bad rows, more than that share of the sample.
     """
     from coma_ds.checks import check_names
+    from coma_ds.manifest import check_given
+    from coma_ds.model.source import resolve_model
 
+    resolve_model(
+        config.init_from or config.model.path, "init_from" if config.init_from else "model.path"
+    )
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        check_given(config.checkpoint.resume)
     check_names(config)
     if config.data.format == "builtin":
         return

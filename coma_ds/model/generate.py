@@ -15,7 +15,8 @@ from coma_ds.data.chat import Fitted, Reply, Request
 from coma_ds.data.processing import load_processing
 from coma_ds.data.records import Picture
 from coma_ds.hardware import has_fast_bf16, usable_device
-from coma_ds.model.loading import load_language_model, resolve_model
+from coma_ds.model.loading import load_language_model
+from coma_ds.model.source import resolve_model
 
 Seen = tuple[np.ndarray, tuple[int, int, int]]  # pixels_PC and the grid (t, h, w)
 

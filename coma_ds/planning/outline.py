@@ -10,7 +10,8 @@ import torch
 
 from coma_ds.config import RunConfig
 from coma_ds.model.embedder import CompressionModel
-from coma_ds.model.loading import build_model, resolve_model
+from coma_ds.model.loading import build_model
+from coma_ds.model.source import resolve_model
 
 # Arrangements that need no GPU to be built; what runs on one is planned with.
 PLAIN = {"weights": "random", "attention": "split", "arithmetic": "sdpa", "liger": False}

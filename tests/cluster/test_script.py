@@ -13,7 +13,7 @@ from tests.cluster.jobs import ROOT, Job, Jobs
 from tests.cluster.virtual import VirtualCluster
 
 SECRET = "hush-4711"
-LONG = "--steps=600"
+LONG = "600"
 
 
 @pytest.fixture(scope="module")
@@ -37,36 +37,36 @@ def submitted(root: Path, jobs: Jobs, cluster: VirtualCluster):
     """All jobs of this file, at once: they cost nothing but their launchers."""
     light = {"COMA_PREFLIGHT": "0", "COMA_MAX_RESTARTS": "1", "PYTHONPATH": str(root)}
 
-    def submit(name: str, how: str, *options: str, steps: str = "--steps=3", **more: str) -> Job:
-        words = ("demo-compress", f"--how={how}", steps, "optim.steps=3")
+    def submit(name: str, how: str, *options: str, steps: str = "3", **more: str) -> Job:
+        words, stub = ("demo-compress", "optim.steps=3"), {"STUB_HOW": how, "STUB_STEPS": steps}
         nodes = ("--nodes=1",) if "--nodes=2" not in options else ()
-        return jobs.submit(name, *nodes, *options, words=words, root=root, **(light | more))
+        return jobs.submit(name, *nodes, *options, words=words, root=root, **(light | stub | more))
 
     lead = {"COMA_DS_LEAD_SECONDS": "6"}
-    words = ("demo-compress", "--steps=3", "optim.steps=3")
-    said = jobs.command("slurm/compress.sh", *words, root=root, **light)
+    words = ("demo-compress", "optim.steps=3")
+    said = jobs.command("slurm/compress.sh", *words, root=root, STUB_STEPS="3", **light)
     itself = int(said.removeprefix("Submitted batch job "))
     yield {
         "itself": Job(cluster, jobs.shared, "itself", itself, jobs.shared / "itself"),
         "well": submit("well", "well", "--nodes=2", TEST_SECRET=SECRET, MY_PWD=SECRET, SITE_URL=f"https://me:{SECRET}@x/y"),
         "user": submit("user", "user's error"),
         "modules": submit("modules", "well", COMA_MODULES="none-such"),
-        "refused": submit("refused", "well", "--no-requeue", steps="--steps=60"),
+        "refused": submit("refused", "well", "--no-requeue", steps="60"),
         "fault": submit("fault", "fault"),
         "limit": submit("limit", "fault after a step", steps=LONG),
         "held": submit("held", "held"),
         "elsewhere": submit("elsewhere", "well", "--nodes=1", PYTHONPATH=str(ROOT)),
         "newer": submit("newer", "newer"),
-        "stop": submit("stop", "well", steps="--steps=60"),
+        "stop": submit("stop", "well", steps="60"),
         "hang": submit("hang", "hang", steps=LONG, **lead),
-        "array": submit("array", "well", "--array=0-1", steps="--steps=60"),
-        "killed": submit("killed", "well", "--nodes=2", steps="--steps=60"),
+        "array": submit("array", "well", "--array=0-1", steps="60"),
+        "killed": submit("killed", "well", "--nodes=2", steps="60"),
         "killed deepspeed": submit(
-            "killed-deepspeed", "well", "--nodes=2", steps="--steps=60", COMA_LAUNCHER="deepspeed"
+            "killed-deepspeed", "well", "--nodes=2", steps="60", COMA_LAUNCHER="deepspeed"
         ),
-        "cancelled": submit("cancelled", "well", "--nodes=2", steps="--steps=600"),
-        "first": submit("single", "well", "--dependency=singleton", steps="--steps=15"),
-        "second": submit("single", "well", "--dependency=singleton", steps="--steps=15"),
+        "cancelled": submit("cancelled", "well", "--nodes=2", steps="600"),
+        "first": submit("single", "well", "--dependency=singleton", steps="15"),
+        "second": submit("single", "well", "--dependency=singleton", steps="15"),
     }  # fmt: skip
     cluster.clear()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coma_ds.model.loading import resolve_model
+from coma_ds.model.source import resolve_model
 from tests.distributed.harness import run_world
 from tests.distributed.test_resume import error_of, losses
 

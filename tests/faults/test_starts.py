@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from coma_ds.model.loading import resolve_model
+from coma_ds.model.source import resolve_model
 from tests.distributed.launched import ROOT, Ended, launch
 from tests.distributed.training import SMALL
 from tests.faults.soak import lines as train_lines

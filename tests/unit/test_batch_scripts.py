@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launched import ROOT
+
+WHOLE = "expected a whole number below ten million"
 
 
 def sourced(**settings: str) -> subprocess.CompletedProcess[str]:
@@ -23,13 +26,16 @@ def sourced(**settings: str) -> subprocess.CompletedProcess[str]:
     ("name", "value", "said"),
     [
         ("COMA_LAUNCHER", "mpirun", "expected torchrun or deepspeed"),
-        ("COMA_RANKS_PER_NODE", "two", "expected a whole number"),
-        ("COMA_MAX_RESTARTS", "many", "expected a whole number"),
-        ("COMA_DS_LEAD_SECONDS", "5min", "expected a whole number"),
-        ("COMA_MASTER_PORT", "abc", "expected a whole number"),
+        ("COMA_RANKS_PER_NODE", "two", WHOLE),
+        ("COMA_MAX_RESTARTS", "many", WHOLE),
+        ("COMA_DS_LEAD_SECONDS", "5min", WHOLE),
+        ("COMA_MASTER_PORT", "abc", WHOLE),
         ("COMA_MASTER_PORT", "65536", "expected 65535 or less"),
-        ("COMA_RANKS_PER_NODE", "08", "expected a whole number"),
-        ("COMA_PREFLIGHT_SECONDS", "-1", "expected a whole number"),
+        ("COMA_RANKS_PER_NODE", "08", WHOLE),
+        ("COMA_RANKS_PER_NODE", "99999999999999999999", WHOLE),
+        ("COMA_RANKS_PER_NODE", "1025", "expected 1024 or less"),
+        ("COMA_PREFLIGHT_SECONDS", "-1", WHOLE),
+        ("COMA_PREFLIGHT", "no", "expected 1, or 0 to leave it out"),
         ("COMA_MIN_FREE_GIB", "2G", "expected a number of GiB"),
         ("COMA_VENV", "/nowhere/venv", "there is no bin/python in it"),
     ],
@@ -41,7 +47,8 @@ def test_a_wrong_setting_is_named_before_anything_runs(name, value, said):
 
 
 @pytest.mark.parametrize(
-    "name", ["COMA_RANKS_PER_NODE", "COMA_DS_LEAD_SECONDS", "COMA_MASTER_PORT"]
+    "name",
+    ["COMA_RANKS_PER_NODE", "COMA_DS_LEAD_SECONDS", "COMA_MASTER_PORT", "COMA_PREFLIGHT_SECONDS"],
 )
 def test_none_at_all(name):
     done = sourced(**{name: "0"})
@@ -100,6 +107,10 @@ def test_what_is_checked_is_what_is_trained(job, words, recipe, overrides, optio
         (["one", "two"], "'two': one recipe is expected, and there is 'one'"),
         (["one", "--recipe=two"], "'two': one recipe is expected, and there is 'one'"),
         (["--recipe"], "--recipe: the name of a recipe is expected"),
+        (
+            ["--bogus"],
+            "'--bogus': a training takes --recipe NAME, --dry-run and --verify-gradients",
+        ),
     ],
 )
 def test_two_recipes_or_none_are_refused(job, words, said):
@@ -140,11 +151,12 @@ echo alive
 
 def test_a_full_disk_does_not_end_a_job_that_is_to_stop(job):
     """The file is there, if empty; where it cannot be, that is said."""
-    for target, said in (("/dev/full", ""), ("/none/there", "cannot be written: the ranks do not")):
+    heard, unheard = "asked the ranks to save and stop", "the ranks do not hear of it"
+    for target, said in (("/dev/full", heard), ("/none/there", unheard)):
         call = ["bash", "-c", FULL, "bash", target]
         done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout == "alive\n", done.stderr
-        assert said in done.stderr and ("error" in done.stderr) == bool(said)
+        assert len(done.stderr.splitlines()) == 1 and said in done.stderr
 
 
 @pytest.mark.parametrize("seconds", ["0", "5"])
@@ -160,6 +172,66 @@ def test_a_job_that_starts_on_a_full_disk_says_so(job, tmp_path, seconds):
     assert last.startswith(f"job: error: {control} has no room, as ") and "COMA_SHARED" in last
     assert ("waits for room" in done.stderr) == (seconds == "5")
     assert not (control / "starts").exists()
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("No space left on device", "has no room, as"),
+        ("Disk quota exceeded", "has no room, as"),
+        ("Permission denied", "cannot be made (Permission denied): COMA_SHARED must be a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_made(job, tmp_path, why, said):
+    """Also where the disk is too full for one more folder."""
+    (tmp_path / "mkdir").write_text(f'#!/bin/bash\necho "mkdir: cannot: {why}" >&2; exit 1\n')
+    (tmp_path / "mkdir").chmod(0o755)
+    call = ["bash", "-c", "source slurm/common.sh; echo alive"]
+    done = subprocess.run(
+        call, cwd=ROOT, env=job | {"COMA_ROOM_SECONDS": "0"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout and said in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (
+            signal.SIGUSR1,
+            0,
+            "requeued, restart 1 of at most 20: SLURM warns of the end before anything",
+        ),
+        (signal.SIGTERM, 143, "ended by SLURM before anything was begun"),
+    ],
+)
+@pytest.mark.parametrize("when", ["modules load", "it waits for room"])
+def test_a_signal_before_anything_was_begun(job, tmp_path, number, code, said, when):
+    """Bash alone would end, and the job would be lost."""
+    called = tmp_path / "called"
+    full = (
+        "echo 'No space left' >&2; exit 1"
+        if when == "it waits for room"
+        else 'exec /bin/mkdir "$@"'
+    )
+    for name, does in {
+        "module": "echo module >&2; sleep 1",
+        "mkdir": full,
+        "scontrol": f'echo "$*" >>{called}; echo node1',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    script = subprocess.Popen(
+        [f"{ROOT}/slurm/compress.sh"], cwd=ROOT, env=job | {"COMA_MODULES": "x"}, text=True,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while "room" not in (line := script.stderr.readline()) and when == "it waits for room":
+        assert line, "it ended"
+    script.send_signal(number)
+    text = script.communicate(timeout=30)[1]
+    assert script.returncode == code and said in text, text
+    assert ("requeue 1" in called.read_text()) == (number == signal.SIGUSR1)
+    assert "error" not in text
 
 
 def test_what_git_does_not_know_is_in_the_patch(job, tmp_path):
@@ -255,6 +327,13 @@ def test_submitted_from_elsewhere(tmp_path: Path, name: str):
         ("match:optim.sise=3", "unknown key 'optim.sise'"),
         ("match:compress.loss=kl", "override compress.loss has no effect with objective 'match'"),
         ("compress:match.symmetric=true", "override match.symmetric has no effect"),
+        ("match:output=/x", "'match:output=/x': output=FOLDER is that of both stages"),
+        ("output=", "'output=': name the folder of both stages"),
+        ("match:init_from=/x", "'match:init_from=/x': match goes on from this compress"),
+        (
+            "--partition gpu",
+            "'gpu' is taken for the NAME of recipes; an option with a value is one",
+        ),
     ],
 )
 def test_the_pipeline_checks_all_stages_before_it_submits_one(tmp_path: Path, word, said):
@@ -262,7 +341,7 @@ def test_the_pipeline_checks_all_stages_before_it_submits_one(tmp_path: Path, wo
     (tmp_path / "sbatch").chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMA_PYTHON": sys.executable}
     done = subprocess.run(
-        ["bash", "slurm/pipeline.sh", "demo", f"output={tmp_path}/run", word],
+        ["bash", "slurm/pipeline.sh", f"output={tmp_path}/run", *word.split()],
         cwd=ROOT, env=os.environ | path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and said in done.stderr

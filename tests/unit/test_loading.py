@@ -14,7 +14,8 @@ from coma_ds.data.collate import Collator
 from coma_ds.data.processing import load_processing
 from coma_ds.data.records import Dialogue, Pair, Side, Turn
 from coma_ds.model.adapters import adapter_layers
-from coma_ds.model.loading import load_finished, load_language_model, resolve_model
+from coma_ds.model.loading import load_finished, load_language_model
+from coma_ds.model.source import resolve_model
 from coma_ds.objectives.match import Match
 from coma_ds.step import Budget, grad_cache
 from tests.distributed.harness import run_world

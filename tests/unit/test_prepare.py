@@ -18,7 +18,7 @@ from coma_ds.data.collate import Collator
 from coma_ds.data.images import FilePicture
 from coma_ds.data.pairs import PairFile
 from coma_ds.data.processing import load_processing
-from coma_ds.model.loading import resolve_model
+from coma_ds.model.source import resolve_model
 from tests.folders import mmeb_folder
 
 ROWS = [

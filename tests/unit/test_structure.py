@@ -28,7 +28,7 @@ FLOORS = {
     **dict.fromkeys(("data", "model", "evaluation", "optim", "metrics"), 2),
     **dict.fromkeys(("inference", "embedder", "bulk", "displays", "assessment"), 2),
     **dict.fromkeys(("synthesis", "preparation"), 2),
-    "bench": 5,
+    **dict.fromkeys(("bench", "torchrun"), 5),
     **dict.fromkeys(("engine", "mechanics", "checkpoint", "planning", "throughput"), 3),
     **dict.fromkeys(("step", "budget", "objectives", "verify", "assemble", "checks", "report"), 4),
     **dict.fromkeys(("run", "run_folder", "plan"), 4),

@@ -1,12 +1,11 @@
 """Stands for coma_ds/train.py where the batch script is tested: steps that cost nothing.
 
 It keeps the trainer's promises: says what is published, looks for the stop file, reports its code.
-``--how=NAME`` says how it ends, ``--steps=N`` when.
+STUB_HOW says how it ends, STUB_STEPS when.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -14,10 +13,7 @@ from pathlib import Path
 
 from coma_ds import rank_report
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--how", default="well")
-parser.add_argument("--steps", type=int, default=5)
-options, _ = parser.parse_known_args()
+how, steps = os.environ.get("STUB_HOW", "well"), int(os.environ["STUB_STEPS"])
 control = Path(os.environ["COMA_DS_CONTROL"])
 published = control / "published"
 
@@ -42,21 +38,21 @@ def announce(step: int, gained: bool = True) -> None:
 
 step = int(published.read_text()) if published.exists() else 0
 announce(step, gained=False)
-if options.how == "user's error":
+if how == "user's error":
     end(2, "error: unknown key")
-if options.how == "fault":
+if how == "fault":
     end(1, "error: RuntimeError: at once")
-if options.how == "held":
+if how == "held":
     end(87)
-while step < options.steps:
-    if (control / "stop").exists() and options.how != "hang":
+while step < steps:
+    if (control / "stop").exists() and how != "hang":
         end(85, "stopped")
     time.sleep(0.2)
     step += 1
     announce(step)
-    if options.how == "fault after a step":
+    if how == "fault after a step":
         end(1, "error: RuntimeError: after a step")
-    if options.how == "newer":
+    if how == "newer":
         with (control / "starts").open("a") as file:
             file.write("7 0 - -\n")  # the job runs elsewhere
         end(86)
