@@ -9,7 +9,7 @@ from coma_ds.config import RunConfig
 from coma_ds.rank_report import CONTROL
 from coma_ds.recipe_files import parse_overrides
 
-JOB_CHECKPOINTS = 10  # of its run
+JOB_CHECKPOINTS = 10  # of its run, at most
 
 _FORMATS = {  # the keys of data that a format reads, beside those that all of them do
     "builtin": ("length", "turns", "sources"),
@@ -32,7 +32,7 @@ def in_a_job(config: RunConfig) -> RunConfig:
     """A job of a cluster that is told of no checkpoints publishes some: it may end at any time."""
     if CONTROL not in os.environ or config.checkpoint.every:
         return config
-    every = max(1, config.optim.steps // JOB_CHECKPOINTS)
+    every = max(1, -(-config.optim.steps // JOB_CHECKPOINTS))
     settings = config.checkpoint.model_copy(update={"every": every})
     return config.model_copy(update={"checkpoint": settings})
 

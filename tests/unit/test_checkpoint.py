@@ -73,6 +73,17 @@ def test_the_oldest_are_removed(checkpoints):
     assert [int(p.name[5:]) for p in published(checkpoints.folder)] == [4, 3, 1]  # 1 is the best
 
 
+def test_a_pointer_that_cannot_be_written_hides_no_checkpoint(checkpoints, told, caplog):
+    save(checkpoints, 1)
+    (checkpoints.folder / "latest").unlink()
+    (checkpoints.folder / "latest").mkdir()
+    for step in (2, 3):
+        assert save(checkpoints, step).problem == ""
+    assert told == [1, 2, 3] and [p.name[-1] for p in published(checkpoints.folder)] == ["3", "2"]
+    assert "latest does not name step-00000003" in caplog.text
+    assert not list(checkpoints.folder.glob(".latest*"))
+
+
 def test_a_published_one_is_never_written_again(checkpoints, told):
     save(checkpoints, 1)
     before = (published(checkpoints.folder)[0] / "a.pt").stat().st_mtime_ns
@@ -199,6 +210,16 @@ class TestFind:
         checkpoints.clean()
         names = {p.name for p in checkpoints.folder.iterdir()}
         assert names == {"step-00000001", "latest", "broken-step-00000009"}
+
+
+@pytest.mark.parametrize("given", ["newest", "run", "run/c", "run/c/latest"])
+def test_what_is_no_checkpoint_is_told_what_is_expected(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    own = Checkpoints(tmp_path / "run" / "c", CheckpointConfig())
+    save(own, 1)
+    with pytest.raises(ValueError, match="expected auto, none, or a folder RUN/checkpoints/step-"):
+        own.find(given)
+    assert own.find("run/c/step-00000001") == Path("run/c/step-00000001")
 
 
 def test_frozen_weights_are_compared(checkpoints):

@@ -12,7 +12,13 @@ from coma_ds.effects import check_effect, in_a_job
 
 
 @pytest.mark.parametrize(
-    "words, every", [(["optim.steps=120"], 12), (["optim.steps=3"], 1), (["checkpoint.every=7"], 7)]
+    "words, every",
+    [
+        (["optim.steps=120"], 12),
+        (["optim.steps=19"], 2),
+        (["optim.steps=3"], 1),
+        (["checkpoint.every=7"], 7),
+    ],
 )
 def test_a_job_that_says_nothing_of_checkpoints_publishes_some(words, every, monkeypatch):
     """And may keep the best of them."""

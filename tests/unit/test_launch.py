@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from coma_ds import rank_report
 from coma_ds.commands import train_command
 from coma_ds.commands.main import run
 from coma_ds.rank_report import RankReport
+from tests.distributed.harness import free_port
 
 JOB = """
 import os, signal, sys, time
@@ -185,3 +187,47 @@ class TestTrain:
         assert done.returncode == report.code == 1
         assert report.message == "error on rank 0: RuntimeError: boom"
         assert done.stderr.endswith(f"{report.message}\n")
+
+
+FAILS = """
+import sys
+from coma_ds import rank_report
+rank_report.write_report(2, "error: a wrong key")
+sys.exit(2)
+"""
+
+
+def torchrun(folder: Path, port: int, script: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks under our torchrun, as ``slurm/node.sh`` starts it."""
+    (folder / "job.py").write_text(script)
+    (folder / "reports").mkdir()
+    words = ["--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "2"]
+    words += ["--master-addr", "127.0.0.1", "--master-port", str(port), str(folder / "job.py")]
+    told = {rank_report.FOLDER: str(folder / "reports"), "MASTER_PORT": str(port)} | more
+    return subprocess.run(
+        [sys.executable, "-m", "coma_ds.torchrun", *words],
+        env=os.environ | told, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_torchruns_port_in_use_is_a_sentence(tmp_path, inside):
+    more = {"COMA_DS_CONTROL": str(tmp_path)} if inside else {}
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = torchrun(tmp_path, port, FAILS, **more)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (report,) = rank_report.read_reports(tmp_path / "reports")
+    said = f"error: port {port} is in use on this machine, maybe by another run: give the "
+    said += "job another one (COMA_MASTER_PORT)" if inside else "launcher another one"
+    assert report.code == 2 and report.message.startswith(said) and said in done.stderr
+
+
+def test_torchrun_leaves_the_word_to_the_rank_that_failed(tmp_path):
+    done = torchrun(tmp_path, free_port(), FAILS)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert {r.message for r in rank_report.read_reports(tmp_path / "reports")} == {
+        "error: a wrong key"
+    }

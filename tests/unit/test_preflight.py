@@ -251,6 +251,24 @@ def test_an_image_that_is_missing(tmp_path, capsys, alone):
     assert not list((tmp_path / "run").glob(".preflight-*"))
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("init_from=/no/such", "init_from '/no/such': no such folder"),
+        ("model.path=/no/such", "model.path '/no/such': no such folder"),
+        ("checkpoint.resume=/no/such", "checkpoint.resume '/no/such' is no checkpoint"),
+    ],
+)
+def test_a_model_or_checkpoint_that_is_not_here(tmp_path, monkeypatch, word, said):
+    recipe = "demo-match" if "init_from" in word else "demo-compress"
+    config = load_config(recipe, [f"output={tmp_path}/run", word])
+    with pytest.raises(ValueError, match=f"^{said}"):
+        preflight.check_data(config)
+    if "resume" in word:  # a later start goes on from what the job has published
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        preflight.check_data(config)
+
+
 def test_an_image_that_may_be_missing(tmp_path):
     config = load_config("demo-control", [*pairs(tmp_path), "data.bad_rows=0.2"])
     preflight.check_data(config)

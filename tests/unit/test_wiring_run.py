@@ -197,6 +197,15 @@ class TestRun:
                     due.append(done)
             assert due == wanted
 
+    def test_a_row_of_skipped_steps_is_not_saved(self, start):
+        """Each would push out a checkpoint from before the fault."""
+        run = start("checkpoint.every=2", "optim.steps=9")
+        due = []
+        for done in range(1, 10):
+            run.guard.in_a_row = max(0, done - 4) if done < 9 else 0
+            due += [done] * run.checkpoint_is_due(done)
+        assert due == [2, 4, 9]
+
     def test_every(self, start):
         run = start("logging.every=3", "optim.steps=8")
         for step in range(8):
