@@ -39,6 +39,7 @@ log = logging.getLogger("coma_ds")
 
 Result = TypeVar("Result")
 FINGERPRINT_AT_A_TIME = 2**22  # elements, for memory
+BUCKET = 500_000_000  # elements, DeepSpeed's default
 HELD = -1  # in place of the number of a submodule
 
 
@@ -103,6 +104,11 @@ class Engine:
             raise ValueError("optim.kind 'muon' needs whole matrices: use deepspeed=zero0")
         if self.stage == 3:
             set_z3_leaf_modules(model, model.shard_units())
+        # DeepSpeed takes the room of its default at once, a GB, also for adapters of a few MB.
+        trained = sum(
+            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
+        )
+        self.ds_config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, trained))
         with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints tables of memory
             self._engine, self.optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self.ds_config

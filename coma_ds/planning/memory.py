@@ -36,8 +36,10 @@ class Zero:
         stage = zero.get("stage", 0)
         whole, room = 0, zero.get("stage3_model_persistence_threshold", sys.maxsize)
         threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+        trained = 0
         for parameter in model.parameters():
             size = numel(parameter)
+            trained += size * parameter.requires_grad
             if stage == 3 and size < threshold and whole + size <= room:
                 whole += size
 
@@ -47,7 +49,7 @@ class Zero:
         return cls(
             stage=stage,
             whole=whole,
-            bucket=int(zero.get("reduce_bucket_size", 5e8)),
+            bucket=int(zero.get("reduce_bucket_size", min(5e8, trained))),
             live=int(zero.get("stage3_max_live_parameters", 1e9)),
             group=int(zero.get("zero_hpz_partition_size", 1)) if stage == 3 else 1,
             offload_optimizer=offloaded("offload_optimizer"),
