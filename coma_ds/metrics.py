@@ -62,6 +62,7 @@ class Monitor:
         self.active = active
         self._folder = folder
         self._missing: Counter[str] = Counter()  # writes that failed, since one was told
+        self._told: dict[str, tuple[int, set[str]]] = {}  # last step of a group, and its names
         self._died = 0.0  # when TensorBoard's writer did; 0 while it lives
         self._file = None
         self._board = None
@@ -91,11 +92,18 @@ class Monitor:
         """One line of metrics.jsonl and one point of each curve; values must be numbers.
 
         ``tags`` names the curves of those values that TensorBoard shows, where it is given; else
-        it shows all, those of the machine beside those of the training.
+        it shows all, those of the machine beside those of the training.  What a step has measured
+        already is not written again (by a last evaluation of more sets, where the best checkpoint
+        was looked for in some).
         """
         if not self.active:
             return
-        values = {name: value for name, value in values.items() if value is not None}
+        when, names = self._told.get(group, (step, set()))
+        told = names if when == step else set()
+        values = {k: v for k, v in values.items() if v is not None and k not in told}
+        self._told[group] = step, told | values.keys()
+        if not values:
+            return
         self._try(step, lambda: self._line(step, values, group))
         self._try(step, lambda: self._points(step, values, group, tags), board=True)
 

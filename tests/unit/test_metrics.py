@@ -220,6 +220,26 @@ def test_the_step_of_a_checkpoint_is_kept(tmp_path, monkeypatch) -> None:
     assert found == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "eval")]
 
 
+def test_a_value_is_written_once_a_step(tmp_path) -> None:
+    """Where the best is looked for at the last step, and all is evaluated again in the end."""
+    watch = monitor(tmp_path)
+    watch.scalars(7, {"i2i": 0.25, "seconds": 3.0}, group="eval")
+    watch.scalars(7, {"saving_seconds": 0.1}, group="checkpoint")
+    watch.scalars(7, {"i2i": 0.25, "t2i": 0.5, "seconds": 4.0}, group="eval")
+    watch.scalars(7, {"i2i": 0.25}, group="eval")
+    watch.scalars(8, {"i2i": 0.75}, group="eval")
+    watch.close()
+    evaluated = [line for line in lines(tmp_path) if line["group"] == "eval"]
+    assert [(line["step"], line.get("i2i"), line.get("t2i")) for line in evaluated] == [
+        (7, 0.25, None),
+        (7, None, 0.5),
+        (8, 0.75, None),
+    ]
+    board = written(tmp_path)
+    assert [event.step for event in board.Scalars("eval/i2i")] == [7, 8]
+    assert [event.value for event in board.Scalars("eval/t2i")] == [0.5]
+
+
 def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog) -> None:
     watch = monitor(tmp_path, tensorboard=False)
     watch._file = open("/dev/full", "w")
