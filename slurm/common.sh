@@ -249,7 +249,7 @@ ask_to_stop() {
     is_newest || return 0
     # on a full disk it is empty, which will do
     { printf '%(%FT%T)T\n' -1 >"$COMA_DS_CONTROL/stop"; } 2>/dev/null || true
-    if [[ -n $stopping ]]; then return; fi
+    if [[ -n $stopping ]]; then return 0; fi # alone it gives what was before the trap, and ends all
     stopping=$1
     local what='asked the ranks to save and stop (after the step or evaluation they are in)'
     if [[ ! -e $COMA_DS_CONTROL/stop ]]; then

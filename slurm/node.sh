@@ -38,7 +38,7 @@ on_signal() {
     signals=$((signals + 1))
     if [[ -e $failed ]]; then # srun ends this node because of another one: nothing is to be saved
         end_tree "$pid"
-        return
+        return 0
     fi
     local newest='' first
     while read -r first _; do newest=$first; done <"$COMA_DS_CONTROL/starts"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,24 @@ def test_a_full_disk_does_not_end_a_job_that_is_to_stop(job):
         done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout == "alive\n", done.stderr
         assert len(done.stderr.splitlines()) == 1 and said in done.stderr
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.02, 0.3])
+def test_a_warning_and_the_end_right_after_it(job, tmp_path, pause):
+    """As in a pre-emption without grace: the script waits for its ranks all the same."""
+    (tmp_path / "srun").write_text("#!/bin/bash\ntrap '' TERM\necho runs >&2\nsleep 1.5\n")
+    (tmp_path / "srun").chmod(0o755)
+    call = ["bash", "-c", "source slurm/common.sh; run_step; echo alive"]
+    script = subprocess.Popen(
+        call, cwd=ROOT, env=job, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert script.stderr.readline() == "runs\n"
+    script.send_signal(signal.SIGUSR1)
+    time.sleep(pause)
+    script.send_signal(signal.SIGTERM)
+    out, text = script.communicate(timeout=30)
+    assert (script.returncode, out) == (0, "alive\n"), text
+    assert len(text.splitlines()) == 1 and "asked the ranks to save and stop" in text
 
 
 @pytest.mark.parametrize("seconds", ["0", "5"])
