@@ -202,7 +202,8 @@ class Checkpoints:
             return None
         if resume != "auto":
             path = Path(resume)
-            comm.decide(lambda: check_given(resume))
+            if going_on:
+                comm.decide(lambda: check_given(resume))
             if found := _agreed_problems(path):
                 raise ValueError(found[0])
             return path

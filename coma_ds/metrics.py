@@ -241,6 +241,12 @@ def keep_before(path: Path, step: int, *, last_eval: int | None = None) -> list[
     return kept
 
 
+def lacks(path: Path, step: int, group: str) -> bool:
+    """True for a file of metrics that has lines, but none of that step and group."""
+    found = [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    return bool(found) and not any((x["step"], x["group"]) == (step, group) for x in found)
+
+
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """A nested dict with dotted keys."""
     flat = {}

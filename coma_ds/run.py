@@ -36,7 +36,7 @@ from coma_ds.evaluation import format_table, write_results
 from coma_ds.guard import SKIPPED_FILE, Guard
 from coma_ds.hardware import memory_mib
 from coma_ds.manifest import published, read_manifest
-from coma_ds.metrics import Monitor, flatten, keep_before
+from coma_ds.metrics import LINES, Monitor, flatten, keep_before, lacks
 from coma_ds.ownership import owns
 from coma_ds.report import describe_run
 from coma_ds.screen import log_to_stderr
@@ -80,10 +80,7 @@ class Run:
         self.evaluated = -1  # the step after which that was
         log_to_stderr(self.main)
         mine = comm.decide(lambda: run_folder.claim(config, keep=keep))
-
-        def owned() -> bool:
-            return mine is None or owns(self.folder, mine)
-
+        owned = partial(owns, self.folder, mine) if mine else (lambda: True)
         self.requests = Requests(self.folder, owned)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", config.checkpoint, owned, self.requests.announce,
@@ -152,8 +149,7 @@ class Run:
         last = own and step == config.optim.steps
         if comm.decide(lambda: last and run_folder.is_finished(config)):
             raise Finished(self.folder, step)
-        base = config.init_from or config.model.path
-        load_checkpoint(engine, path, base, self.checkpoints.folder)
+        load_checkpoint(engine, path, self.checkpoints.base, self.checkpoints.folder)
         self._give_way()
         comm.decide(lambda: run_folder.go_back(self.folder, step if own else -1))
         state = json.loads((path / STATE).read_text())
@@ -226,8 +222,8 @@ class Run:
         self.replacements.add(batch.replaced, config.optim.batch_size, batch.input_ids_T.device)
         if self.bar is not None:
             self.bar.update(1)
-            speed = f"{config.optim.batch_size / took:.0f}/s"
-            self.bar.set_postfix(loss=f"{report['loss']:.3f}", samples=speed)
+            speed = config.optim.batch_size / took
+            self.bar.set_postfix(loss=f"{report['loss']:.3f}", samples=f"{speed:.0f}/s")
         if self.main:
             self._tell(self.checkpoints.poll())
         every, ends = config.logging.every, (1, config.optim.steps)
@@ -269,14 +265,19 @@ class Run:
         due = self.keep and bool(every) and done % every == 0
         return due and (not end or bool(self.config.checkpoint.best))
 
-    def checkpoint_is_due(self, done: int) -> bool:
-        """True after the steps that ``checkpoint.every`` says, after the last one, and where
-        ``checkpoint.best`` has been measured; not after one that was skipped, which changed nothing
-        (a row of these would push out every checkpoint from before the fault)."""
+    def evaluation_is_missing(self, done: int) -> bool:
+        """True where the run was ended in the evaluation of the step that it goes on from."""
+        due = 0 < done < self.config.optim.steps and self.evaluation_is_due(done)
+        return due and comm.decide(lambda: lacks(self.folder / LINES, done, "eval"))
+
+    def checkpoint_is_due(self, done: int, *, measured: bool = False) -> bool:
+        """True after the steps that ``checkpoint.every`` says, and after the last one; once the
+        step is ``measured``, where ``checkpoint.best`` looks at that.  Not after one that was
+        skipped, which changed nothing (a row would push out all from before the fault)."""
         every, last = self.config.checkpoint.every, done == self.config.optim.steps
-        measured = bool(self.config.checkpoint.best) and self.evaluated == done
-        due = last or (not self.guard.in_a_row and (measured or (every and done % every == 0)))
-        return self.keep and bool(every) and bool(due)
+        best = bool(self.config.checkpoint.best) and self.evaluation_is_due(done)
+        due = last or (not self.guard.in_a_row and (best or (every and done % every == 0)))
+        return self.keep and bool(every) and bool(due) and measured == best
 
     def save(self, engine: Engine, done: int) -> bool:
         """Write a checkpoint, which is published beside the training; False where it failed."""
@@ -368,8 +369,7 @@ class Run:
             raise ValueError(
                 f"checkpoint.best {best!r} is no evaluated value: there are {', '.join(values)}"
             )
-        timed = values | {"training_seconds": self.seconds}
-        self.monitor.scalars(done, timed, group="eval", tags=tags)
+        self.monitor.scalars(done, values | {"training_seconds": self.seconds}, "eval", tags)
         if final:
             log.info("results after %d steps:\n%s", done, text)
         return results

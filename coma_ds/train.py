@@ -81,6 +81,8 @@ def main(argv: list[str]) -> None:
     first = run.resume(trainer)
     last = first + 1 if args.dry_run else config.optim.steps
 
+    if run.evaluation_is_missing(first):
+        run.evaluate(trainer, processing, first)
     batches = data.batches(first, last)
     for step in range(first, last):
         began = time.perf_counter()
@@ -91,10 +93,12 @@ def main(argv: list[str]) -> None:
             report = take_step(trainer, objective, batch, budget, seed=config.seed, step=step)
         result = run.guarded_step(trainer, data, step, report["loss"])
         run.log(step, batch, report, result, waited, time.perf_counter() - began)
-        if run.evaluation_is_due(step + 1):
-            run.evaluate(trainer, processing, step + 1)
         if run.checkpoint_is_due(step + 1):
             run.save(trainer, step + 1)
+        if run.evaluation_is_due(step + 1):
+            run.evaluate(trainer, processing, step + 1)
+            if run.checkpoint_is_due(step + 1, measured=True):
+                run.save(trainer, step + 1)
         run.obey(trainer, step + 1)
 
     run.finish(trainer, processing, last)

@@ -17,6 +17,7 @@ RUN = [
     "model.adapter=lora", "model.lora.dropout=0.3",
     "optim.schedule=cosine", "deepspeed=zero3",
 ]  # fmt: skip
+MEASURED = [*RUN, "eval.every=2", "eval.bottleneck_questions=4"]
 TARGET = "tests.distributed.training:train_each"
 
 
@@ -28,7 +29,7 @@ def shard(folder: Path, step: int) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
-    return {name: root / name for name in ("whole", "cut", "none", "purpose")}
+    return {name: root / name for name in ("whole", "cut", "none", "purpose", "measured", "ended")}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,13 @@ def ranks(folders) -> list[dict[str, dict]]:
         "without checkpoints": {**none, "stop_after": 1},
         "started over": none,
         "finished": none,
+        "evaluated": {"output": str(folders["measured"]), "arguments": MEASURED},
+        "ended in an evaluation": {
+            "output": str(folders["ended"]),
+            "arguments": MEASURED,
+            "stop_in": 4,
+        },
+        "evaluated after it": {"output": str(folders["ended"]), "arguments": MEASURED},
         "replaced": {**none, "arguments": [*none["arguments"], "checkpoint.resume=none"]},
     }
     found = run_world(2, TARGET, runs=list(wanted.values()))
@@ -96,6 +104,23 @@ def test_every_rank_sees_the_same_samples_and_random_numbers(ranks):
     first, second = (rank["whole"]["seen"] for rank in ranks)
     for (_, samples, state), (_, others, another) in zip(first, second):
         assert not set(samples) & set(others) and state != another
+
+
+def test_a_run_that_is_ended_in_an_evaluation_loses_no_step(runs):
+    """Its checkpoint stands before that; the evaluation is made up for."""
+    assert "step 4 of 6" in "".join(runs["evaluated after it"]["said"])
+    assert [step for step, *_ in runs["evaluated after it"]["seen"]] == [5, 6]
+
+    def measured(name: str) -> list[dict]:
+        aside = ("time", "training_seconds")
+        return [
+            {k: v for k, v in line.items() if k not in aside} for line in runs[name]["evaluations"]
+        ]
+
+    assert [line["step"] for line in measured("ended in an evaluation")] == [2]
+    assert [line["step"] for line in measured("evaluated")] == [2, 4]
+    assert measured("evaluated after it") == measured("evaluated")
+    assert losses(runs["evaluated after it"]) == losses(runs["whole"])
 
 
 def test_each_step_stands_once_in_tensorboard(runs, folders):

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,15 +29,18 @@ class Interrupted(Exception):
     """The run is ended from outside."""
 
 
-def train_once(output: str, arguments: list[str], stop_after: int | None = None) -> dict:
-    """One run of ``coma_ds/train.py``; with ``stop_after`` it dies after logging that step.
+def train_once(
+    output: str, arguments: list[str], stop_after: int | None = None, stop_in: int | None = None
+) -> dict:
+    """One run of ``coma_ds/train.py``; with ``stop_after`` it dies after logging that step, with
+    ``stop_in`` in the evaluation of that step.
 
     What it said, the lines of metrics.jsonl, the digest of the exported weights, and what this
     rank has ``seen`` in each step: digests of its samples, and of its random state after it.
     """
     said: list[str] = []
     seen: list[tuple] = []
-    log_step = Run.log
+    log_step, evaluate = Run.log, Run.evaluate
 
     def log_and_die(self, step, batch, *rest):
         log_step(self, step, batch, *rest)
@@ -44,6 +48,12 @@ def train_once(output: str, arguments: list[str], stop_after: int | None = None)
         seen.append((step + 1, digests(batch), state.hexdigest()))
         if step + 1 == stop_after:
             raise Interrupted
+
+    def evaluate_or_die(self, engine, processing, done, **how):
+        if done == stop_in:
+            self.checkpoints.settle()
+            raise Interrupted
+        return evaluate(self, engine, processing, done, **how)
 
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -53,7 +63,10 @@ def train_once(output: str, arguments: list[str], stop_after: int | None = None)
         log.handlers = [handler]
         log.setLevel(logging.INFO)
 
-    with patch.object(Run, "log", log_and_die), patch("coma_ds.run.log_to_stderr", listen):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Run, "log", log_and_die))
+        stack.enter_context(patch.object(Run, "evaluate", evaluate_or_die))
+        stack.enter_context(patch("coma_ds.run.log_to_stderr", listen))
         try:
             train.main([*SMALL, f"output={output}", *arguments])
         except Interrupted:
@@ -67,7 +80,7 @@ def train_once(output: str, arguments: list[str], stop_after: int | None = None)
 
 
 def left_behind(folder: Path) -> dict:
-    """The train lines of metrics.jsonl, and the digest of the exported weights."""
+    """The lines of metrics.jsonl by their group, and the digest of the exported weights."""
     metrics = folder / "metrics.jsonl"
     text = metrics.read_text() if metrics.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines()]
@@ -77,6 +90,7 @@ def left_behind(folder: Path) -> dict:
         digest.update(path.read_bytes())
     return {
         "lines": [line for line in lines if line["group"] == "train"],
+        "evaluations": [line for line in lines if line["group"] == "eval"],
         "weights": digest.hexdigest() if weights else "",
     }
 

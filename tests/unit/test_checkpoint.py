@@ -218,7 +218,7 @@ def test_what_is_no_checkpoint_is_told_what_is_expected(tmp_path, monkeypatch, g
     own = Checkpoints(tmp_path / "run" / "c", CheckpointConfig())
     save(own, 1)
     with pytest.raises(ValueError, match="expected auto, none, or a folder RUN/checkpoints/step-"):
-        own.find(given)
+        own.find(given, going_on=True)
     assert own.find("run/c/step-00000001") == Path("run/c/step-00000001")
 
 

@@ -193,9 +193,28 @@ class TestRun:
             for done in range(1, 10):
                 if run.evaluation_is_due(done):
                     run.evaluated = done
-                if run.checkpoint_is_due(done):
-                    due.append(done)
+                for measured in (False, True):
+                    due += [done] * run.checkpoint_is_due(done, measured=measured)
             assert due == wanted
+
+    def test_a_checkpoint_is_written_before_an_evaluation(self, start):
+        """Which may be ended; one that may be the best is written after it."""
+        for best, before in ((None, True), ("checkpoint.best=All", False)):
+            run = start(
+                "eval.every=3", "checkpoint.every=3", "optim.steps=9", *([best] if best else [])
+            )
+            assert run.checkpoint_is_due(3) == before
+            assert run.checkpoint_is_due(3, measured=True) != before
+
+    def test_an_evaluation_that_was_ended_is_made_up_for(self, start):
+        run = start("eval.every=3", "checkpoint.every=3", "optim.steps=9")
+        assert not run.evaluation_is_missing(3)  # nothing of this folder is the run's
+        run.monitor.scalars(3, {"loss": 1.0})
+        assert run.evaluation_is_missing(3) and not run.evaluation_is_missing(2)
+        run.monitor.scalars(3, {"All": 1.0}, group="eval")
+        assert not run.evaluation_is_missing(3)
+        run.monitor.scalars(9, {"loss": 1.0})
+        assert not run.evaluation_is_missing(9)  # is done in the end
 
     def test_a_row_of_skipped_steps_is_not_saved(self, start):
         """Each would push out a checkpoint from before the fault."""
