@@ -162,8 +162,11 @@ class Checkpoints:
             return
         try:
             write_atomically(self.folder / POINTER, target.name)
-        except OSError as error:  # DeepSpeed's tools read it; a run that goes on does not
-            log.warning("%s does not name %s: %s", self.folder / POINTER, target.name, error)
+        except OSError as error:
+            log.warning(
+                "%s does not name %s (%s): only DeepSpeed's own tools read it",
+                self.folder / POINTER, target.name, error.strerror,
+            )  # fmt: skip
         self._announce(manifest.step)
         settings = self.config
         for path in surplus(

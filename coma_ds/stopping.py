@@ -72,7 +72,7 @@ class Requests:
         job = os.environ.get(CONTROL)
         self._job = Path(job) if job else None
         self._lead = float(os.environ.get(LEAD, 0))
-        self._signalled = False
+        self._signalled = self._stuck = False
         self._timer: threading.Timer | None = None
 
     def take_signals(self, terminate: bool = True) -> None:
@@ -98,8 +98,8 @@ class Requests:
             self._timer = threading.Timer(limit, _end_hard, (limit,))
             self._timer.daemon = True
             self._timer.start()
-        if request == Request.SAVE:
-            comm.decide(self._take_save)
+        if request == Request.SAVE and comm.rank() == 0:
+            self._take_save()
         return request
 
     def _take_save(self) -> None:
@@ -107,9 +107,8 @@ class Requests:
         try:
             switch.rmdir() if switch.is_dir() else switch.unlink(missing_ok=True)
         except OSError as error:
-            raise ValueError(
-                f"{switch} asks for a checkpoint and cannot be removed: {error.strerror}"
-            ) from None
+            self._stuck = True
+            log.warning("%s cannot be removed (%s): it is obeyed this once", switch, error.strerror)
 
     def _look(self) -> Request:
         if not self._owned():
@@ -118,7 +117,7 @@ class Requests:
             return Request.HOLD
         if self._job and (self._job / "stop").exists():
             return Request.STOP
-        if (self._switches / "save").exists():
+        if not self._stuck and (self._switches / "save").exists():
             return Request.SAVE
         return Request.NOTHING
 

@@ -206,7 +206,8 @@ fi
 find_package() {
     local find='import importlib.util as u; print(*u.find_spec("coma_ds").submodule_search_locations)'
     package=$("${python[@]}" -c "$find") || fail "Python does not find coma_ds: install it" \
-        "there (pip install -e .), or give another one (COMA_PYTHON, COMA_VENV): $COMA_PYTHON_COMMAND"
+        "there (pip install -e .), or give another one (COMA_PYTHON, COMA_VENV," \
+        "COMA_CONTAINER): $COMA_PYTHON_COMMAND"
     if [[ ! $package -ef coma_ds ]]; then
         say "the code that runs is that of $package, not of $root"
     fi
@@ -402,7 +403,7 @@ preflight() { # ARGUMENTS: what to look at
         "${python[@]}" -m coma_ds.commands.main preflight "$@" || code=$?
     if [[ -n $stopping ]]; then finish 85 ''; fi
     if ((code)); then
-        say 'error: preflight failed, nothing was started'
+        say "error: preflight failed, nothing was started${COMA_SRUN:+ (options of srun: $COMA_SRUN)}"
         exit 2
     fi
 }
@@ -468,6 +469,7 @@ launch_evaluate() { # RUN [OPTION ...]
     if [[ -z ${1:-} ]]; then fail 'evaluate: name the folder of a run'; fi
     set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-}}"
     nothing_to_save=' before its end'
+    export COMA_NOTHING_TO_SAVE=1
     begin
     preflight --evaluate "$@"
     launch -m coma_ds.commands.main evaluate "$@"

@@ -36,7 +36,8 @@ signals=0
 # shellcheck disable=SC2317  # called by the traps
 on_signal() {
     signals=$((signals + 1))
-    if [[ -e $failed ]]; then # srun ends this node because of another one: nothing is to be saved
+    # srun ends this node because of another one, or this is an evaluation: nothing is to be saved
+    if [[ -e $failed || -n ${COMA_NOTHING_TO_SAVE:-} ]]; then
         end_tree "$pid"
         return 0
     fi

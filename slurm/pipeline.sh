@@ -39,14 +39,16 @@ for word in "$@"; do
         ;;
     compress:*=*) compress+=("${word#compress:}") ;;
     match:*=*) match+=("${word#match:}") ;;
+    evaluate:*) fail "'$word': the evaluation takes no words here" ;;
+    compress:* | match:*) fail "'$word': expected ${word%%:*}:KEY=VALUE" ;;
     *=*) compress+=("$word") match+=("$word") ;;
     *)
         if [[ -n $name ]]; then
-            fail "'$word': one name of recipes is expected, and there is '$name'"
+            fail "'$word': one name of recipes is expected, and there is '$name'${hint:+ ($hint)}"
         fi
         name=$word
         if [[ $before == --* && $before != *=* ]]; then
-            hint="'$word' is taken for the NAME of recipes; an option with a value is one word, $before=$word"
+            hint="as a value of $before it would be one word with it, $before=$word"
         fi
         ;;
     esac
@@ -62,13 +64,19 @@ python=${python:-python3}
 if [[ -z ${COMA_CONTAINER:-} ]] && "$python" -P -c 'import coma_ds, pydantic, yaml' 2>/dev/null; then
     settle() { # as in a job, where checkpoints are published in any case
         COMA_DS_CONTROL=. "$python" -P -m coma_ds.commands.main config --recipe "$@" >/dev/null && return
-        if [[ -n $hint ]]; then echo "$hint" >&2; fi
+        if [[ -n $hint ]] && ! "$python" -P -m coma_ds.commands.main config --recipe "$1" \
+            >/dev/null 2>&1; then
+            echo "'$name' is taken for the NAME of recipes: $hint" >&2
+        fi
         exit 2
     }
     settle "$name-compress" "output=$folder/compress" "${compress[@]}"
     settle "$name-match" "output=$folder/match" "init_from=$folder/compress" "${match[@]}"
 else
-    echo "words are not checked here: $python has no coma_ds, or the jobs run in a container" >&2
+    why="$python has no coma_ds"
+    if ! command -v "$python" >/dev/null; then why="there is no $python"; fi
+    if [[ -n ${COMA_CONTAINER:-} ]]; then why="the jobs run in a container"; fi
+    echo "words are not checked here: $why" >&2
 fi
 
 submit() { # DEPENDENCY SCRIPT ARGUMENTS: the number of the job

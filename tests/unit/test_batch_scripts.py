@@ -349,10 +349,10 @@ def test_submitted_from_elsewhere(tmp_path: Path, name: str):
         ("match:output=/x", "'match:output=/x': output=FOLDER is that of both stages"),
         ("output=", "'output=': name the folder of both stages"),
         ("match:init_from=/x", "'match:init_from=/x': match goes on from this compress"),
-        (
-            "--partition gpu",
-            "'gpu' is taken for the NAME of recipes; an option with a value is one",
-        ),
+        ("--partition gpu", "'gpu' is taken for the NAME of recipes: as a value of --partition"),
+        ("--nodes 2 demo", "there is '2' (as a value of --nodes it would be one word with it"),
+        ("match:", "'match:': expected match:KEY=VALUE"),
+        ("evaluate:foo=3", "'evaluate:foo=3': the evaluation takes no words here"),
     ],
 )
 def test_the_pipeline_checks_all_stages_before_it_submits_one(tmp_path: Path, word, said):
