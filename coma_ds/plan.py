@@ -20,7 +20,7 @@ from coma_ds.planning.cards import Machine
 from coma_ds.planning.flops import ModelFlops
 from coma_ds.planning.graphs import Graphs, measure_graphs
 from coma_ds.planning.load import Load
-from coma_ds.planning.memory import Zero, states
+from coma_ds.planning.memory import Zero, host_traffic, states
 from coma_ds.planning.outline import outline
 from coma_ds.planning.traffic import step_traffic
 from coma_ds.planning.weights import Weights, count_weights
@@ -32,6 +32,7 @@ MOST = 2**20  # records of a GPU
 RESERVED = 2.0 * GIB  # what CUDA, NCCL and cuBLAS take for themselves
 USABLE = 0.96  # of a card: the rest is lost between blocks
 OVERLAP = 0.7  # of what is moved while there is something to compute, and the other way round
+HOST_GB = 25.0  # GB/s between a GPU and its host, and of its share of an optimizer there (assumed)
 FEW = 3.0  # times that the weights may be moved in a step
 HPZ = 8  # GPUs that share a copy in zero3_hpz.json
 SMALL = 4096  # tokens of a chunk
@@ -68,6 +69,7 @@ class Plan:
     times: float  # the same in weights of the whole model
     reduced: float
     between: float  # bytes that reach it from other nodes
+    host: float  # seconds that what is offloaded takes
     computing: float
     moving: float
     capacity: float
@@ -88,7 +90,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        first, second = self.computing, self.moving
+        first, second = self.computing, self.moving + self.host
         return max(first, second) + (1 - OVERLAP) * min(first, second)
 
     @property
@@ -96,7 +98,8 @@ class Plan:
         """What would have to give way first."""
         if not self.fits:
             return f"memory: {max(self.memory, key=self.memory.get)}"
-        return "arithmetic" if self.computing >= self.moving else "the network"
+        parts = {"arithmetic": self.computing, "the network": self.moving, "the host": self.host}
+        return max(parts, key=parts.get)
 
 
 class Planner:
@@ -134,7 +137,7 @@ class Planner:
         cut = self._cut(config, graphs, load, capacity - sum(memory.values()))
         memory |= self._of_chunks(config, graphs, load, cut, item)
         executed, needed = self._arithmetic(config, load, cut)
-        gathered, reduced = self._moved(config, zero, load, cut, coalesced, is_whole, item)
+        gathered, reduced, host = self._moved(config, zero, load, cut, coalesced, is_whole, item)
         between, notes = 0.0, []
         if self.machine.nodes > 1:
             inside = 1 < zero.group and self.machine.per_node % zero.group == 0
@@ -162,6 +165,7 @@ class Planner:
             times=gathered / self.weight_bytes,
             reduced=reduced,
             between=between,
+            host=host / (HOST_GB * 1e9),
             computing=executed * (1 + HALF / cut.size) / rate,
             moving=self.machine.seconds(gathered + reduced, between),
             capacity=capacity,
@@ -306,13 +310,15 @@ class Planner:
     def _moved(
         self, config: RunConfig, zero: Zero, load: Load, cut: Cut, coalesced: bool, whole: bool,
         item: int,
-    ) -> tuple[float, float]:  # fmt: skip
-        """Bytes that a GPU receives in a step: weights, gradients."""
+    ) -> tuple[float, float, float]:  # fmt: skip
+        """Bytes that a GPU receives in a step: weights, gradients, and from or for its host."""
         world, trained, model = self.machine.gpus, self.weights.trained, self.model
         share = (world - 1) / world
+        reductions = cut.chunks if zero.stage == 2 or (zero.stage == 3 and not coalesced) else 1
+        count = {"reductions": reductions, "world": world, "item": item}
         if zero.stage < 3:
-            reductions = cut.chunks if zero.stage == 2 else 1
-            return item * trained * share, item * trained * reductions * share
+            host = host_traffic(self.weights, zero, gathered=0, **count)
+            return item * trained * share, item * trained * reductions * share, host
         patches = self._records(config) * load.image_tokens * model.backbone.merge
         moved = step_traffic(
             self.weights,
@@ -325,7 +331,8 @@ class Planner:
             coalesced=coalesced,
             taught=config.compress.taught,
         )
-        return item * moved.gathered * share, item * moved.reduced * share
+        host = host_traffic(self.weights, zero, gathered=moved.gathered, **count)
+        return item * moved.gathered * share, item * moved.reduced * share, host
 
     def waiting(self, load: Load) -> float:
         """Bytes of pixels that the loaders of a node hold at most, in shared memory."""

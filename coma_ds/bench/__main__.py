@@ -37,9 +37,17 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("benchmarks"), help="folder of the JSON"
     )
     args = parser.parse_args(argv)
-    rounds = args.rounds or (3 if on_gpu else 7)
+    rounds = (3 if on_gpu else 7) if args.rounds is None else args.rounds
     if min(rounds, args.pairs - 1, args.chunk, args.dialogues) < 1:
         parser.error("rounds, chunk and dialogues must be 1 or more, pairs 2 or more")
+    if args.stage and not on_gpu:
+        parser.error("--stage is for a GPU: a CPU compares stage 2 alone")
+    try:  # now, not after minutes of work
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / ".written").touch()
+        (args.output / ".written").unlink()
+    except OSError as error:
+        raise ValueError(f"--output {args.output}: cannot be written ({error.strerror})") from None
     if on_gpu:
         return on_card(args, rounds)
 
@@ -47,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
 
     found = cpu.compare(rounds=rounds, pairs=args.pairs, chunk=args.chunk)
     sys.stdout.write(cpu.table(found))
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"cpu-{found['date']}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     sys.stdout.write(f"written: {path}\n")

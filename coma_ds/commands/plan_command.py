@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from dataclasses import replace
@@ -64,8 +65,12 @@ def execute(args: argparse.Namespace) -> int:
         )
     for name in ("gpus", "per_node", "network", "price", "image_tokens", "text_tokens"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: a number above 0 is expected")
+    if args.against and (args.recipe or args.overrides):
+        raise ValueError(
+            "--against: the run's own config is planned, without --recipe or KEY=VALUE"
+        )
     if args.against and not (Path(args.against) / "config.yaml").is_file():
         raise ValueError(f"--against {args.against!r}: no run there (a config.yaml is missing)")
     if not args.recipe and not args.against:
@@ -94,6 +99,13 @@ def execute(args: argparse.Namespace) -> int:
     elif config.data.format == "builtin":
         load = measured_here(config, planner.model)
     else:
+        for name, most in (
+            ("image", config.model.max_vision_tokens),
+            ("text", config.model.max_length),
+        ):
+            value = getattr(args, f"{name}_tokens")
+            if most and value and value > most:
+                raise ValueError(f"--{name}-tokens {value}: the model takes {most} at most")
         load = assume(config, planner.model, args.image_tokens, args.text_tokens)
     plans = [planner.plan(load)] if args.against else planner.alternatives(load)
     found = {"text": describe(planner, load, plans, args.price), "json": as_json(plans)}
@@ -161,12 +173,16 @@ def describe(planner, load, plans: list, price: float | None) -> str:
     chosen = best(plans)
     if chosen is None:
         plan = min(plans, key=lambda plan: plan.total)
-        lines.append(f"nothing fits: {plan.binds} is the largest part of the smallest of them")
-        chosen = plan
-    else:
-        lines.append(
-            f"best       {plans.index(chosen)}: {' '.join(chosen.overrides) or 'as it is'}"
-        )
+        ways = ["more GPUs", "deepspeed=zero3_offload"]
+        if config.model.adapter == "none":
+            ways.insert(1, "model.adapter=lora")
+        return "\n".join([
+            *lines,
+            f"nothing fits: {plan.binds} is the largest part of the smallest of them",
+            f"to try: {', '.join(ways)}, a larger card, shorter samples\n",
+        ])  # fmt: skip
+    lines.append(f"best       {plans.index(chosen)}: {' '.join(chosen.overrides) or 'as it is'}")
+    away = offloaded(planner, chosen.changes)
     held = ", ".join(
         f"{name} {size / GIB:.1f}" for name, size in chosen.memory.items() if size > 0.05 * GIB
     )
@@ -179,17 +195,31 @@ def describe(planner, load, plans: list, price: float | None) -> str:
         f"{planner.largest_batch(load, chosen.changes)} "
         f"{records}",
         f"time       {config.optim.batch_size / chosen.seconds:.1f} {records}/s, "
-        f"{chosen.computing:.2f} s of arithmetic and {chosen.moving:.2f} s of network a step",
+        f"{chosen.computing:.2f} s of arithmetic and {chosen.moving:.2f} s of network a step"
+        + (f", {chosen.host:.2f} s for what is offloaded" if chosen.host else ""),
         f"moved      {chosen.gathered / GB:.1f} GB of weights "
         f"({chosen.times:.1f} times all of them) and "
         f"{chosen.reduced / GB:.2f} GB of gradients to a GPU each step"
         + (f", {chosen.between / GB:.2f} GB of it between nodes" if machine.nodes > 1 else ""),
         f"host       {planner.waiting(load) / GB:.1f} GB of pixels wait in the loaders of a node "
-        f"at most ({config.data.workers} workers a GPU), in /dev/shm",
+        f"at most ({config.data.workers} workers a GPU), in /dev/shm"
+        + (f"; {away / GB:.1f} GB of weights and optimizer states beside" if away else ""),
         f"floors     executed/needed: {floors}",
         f"cost       {hours:.0f} GPU-hours{cost}, without evaluation and saving",
     ]
     return "\n".join(lines) + "\n"
+
+
+def offloaded(planner, changes: dict) -> float:
+    """Bytes of weights and optimizer states in the memory of a node."""
+    from coma_ds.mechanics import read_mechanics
+    from coma_ds.planning.memory import Zero, host_states
+
+    config, weights = planner.config, planner.weights
+    zero = Zero.of(read_mechanics(changes.get("deepspeed", config.deepspeed)), planner.model)
+    item = planner.weight_bytes // weights.total
+    found = host_states(weights, zero, item=item, kind=config.optim.kind)
+    return found / planner.machine.nodes
 
 
 def as_json(plans: list) -> list[dict]:
@@ -212,16 +242,22 @@ def compare(planner, plan, run: Path) -> dict:
         values = json.loads(line)
         if "samples_per_second" in values:
             steps.append(values)
+    if len(steps) < 2 * WARM:
+        raise ValueError(
+            f"--against {str(run)!r}: {len(steps)} logged steps, fewer than {2 * WARM} "
+            "(logging.every=1 logs each)"
+        )
     steps = steps[WARM:]
-    if len(steps) < WARM:
-        raise ValueError(f"--against {str(run)!r}: fewer than {2 * WARM} logged steps")
 
     def median(name: str) -> float:
         return statistics.median(values[name] for values in steps)
 
     batch, card = planner.config.optim.batch_size, planner.machine.card
     took = batch / median("samples_per_second")
-    share = median("tflops_per_second") / card.tflops
+    # What small chunks cost is in the formula: the share is that of large ones.
+    small = plan.computing * card.tflops * 1e12 * card.share / plan.executed
+    reached = median("tflops_per_second")
+    share = reached / card.tflops * small
     memory = max(values["memory_mib"] for values in steps) / 1024
     rated = replace(plan, computing=plan.computing * card.share / share)
     found = {
@@ -242,7 +278,8 @@ def compare(planner, plan, run: Path) -> dict:
         f"({found['memory_error']:+.0%})\n"
         f"executed   {found['executed_per_needed']:.2f} times what is needed, planned "
         f"{plan.executed / plan.needed:.2f}\n"
-        f"rate       {share:.3f} of {card.tflops:g} TFLOP/s: with --cards a file that says\n"
-        f"           {card.key}: {{share: {share:.3f}, measured: {run.name}}}\n"
+        f"rate       {reached:.3g} TFLOP/s, {share:.3g} of {card.tflops:g} in large chunks: with "
+        "--cards a file that says\n"
+        f"           {card.key}: {{share: {share:.3g}, measured: {run.name}}}\n"
     )
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,6 +87,14 @@ def measured(config: RunConfig, model, folder: str) -> Load:
     sources = {n: x for n, x in read_lengths(folder).items() if not n.startswith("eval/")}
     if not sources:
         raise ValueError(f"--lengths {folder!r}: it tells of no training data")
+    data = config.data
+    wanted = [Path(data.path).name] if data.path else data.sources
+    if missing := [name for name in wanted if name not in sources]:
+        raise ValueError(
+            f"--lengths {folder!r}: source {missing[0]!r} was not measured, only "
+            f"{', '.join(sources)}: run coma-ds prepare again"
+        )
+    sources = {name: sources[name] for name in wanted or sources}
     return _over(config, model, sources, folder)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from coma_ds.planning.weights import Weights, numel
 
 MASTER = 4  # bytes of the fp32 copy of a trained weight
+ADAM = 30  # bytes that an update reads and writes of a trained weight
 MOMENTS = {"adamw": 8, "muon": 8, "sgd": 0}  # bytes of the optimizer's own, at most
 
 
@@ -82,3 +83,23 @@ def states(
     master = MASTER * part if half or zero.stage else 0
     found["optimizer"] = (master + MOMENTS[kind] * part) * (not zero.offload_optimizer)
     return found
+
+
+def host_states(weights: Weights, zero: Zero, *, item: int, kind: str) -> float:
+    """Bytes that the memory of all nodes together holds of what is offloaded."""
+    optimizer = (MASTER + MOMENTS[kind] + 4) * weights.trained * zero.offload_optimizer
+    return optimizer + item * weights.total * zero.offload_weights
+
+
+def host_traffic(
+    weights: Weights, zero: Zero, *, gathered: float, reductions: int, world: int, item: int
+) -> float:
+    """Bytes of a step that each GPU exchanges with the host, or an optimizer there goes through.
+
+    ``gathered``: weights made whole in a step, every time that one is.
+    """
+    moved = item * gathered / world * zero.offload_weights
+    if zero.offload_optimizer:
+        part = weights.trained / world
+        moved += part * (4 * reductions + item * (not zero.offload_weights) + ADAM)
+    return moved

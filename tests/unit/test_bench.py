@@ -94,6 +94,22 @@ def test_without_the_rival(monkeypatch) -> None:
         cpu.compare(rounds=1, pairs=4, chunk=3)
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cpu, "compare", lambda **_: pytest.fail("it was measured"))
+    with pytest.raises(ValueError, match="--output .*/file: cannot be written"):
+        command.main(["--output", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("words", [["--rounds", "0"], ["--stage", "match"]])
+def test_what_makes_no_sense_is_refused(monkeypatch, tmp_path, capsys, words) -> None:
+    monkeypatch.setattr(cpu, "compare", lambda **_: pytest.fail("it was measured"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main([*words, "--output", str(tmp_path)])
+    assert "must be 1 or more" in (said := capsys.readouterr().err) or "is for a GPU" in said
+
+
 def test_turns_and_ratios() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
