@@ -97,7 +97,7 @@ def test_without_the_rival(monkeypatch) -> None:
 def test_a_place_that_cannot_be_written_is_told_before_the_work(monkeypatch, tmp_path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(cpu, "compare", lambda **_: pytest.fail("it was measured"))
-    with pytest.raises(ValueError, match="--output .*/file: cannot be written"):
+    with pytest.raises(ValueError, match=r"--output .*/file: cannot be written"):
         command.main(["--output", str(tmp_path / "file")])
 
 
