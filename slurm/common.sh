@@ -315,10 +315,10 @@ run_step() { # srun in the background, so that signals are heard; its exit code
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=120 \
         --export=ALL --mpi=none "${binding[@]}" ${COMA_SRUN:-} "$@" </dev/null &
     pid=$!
-    while :; do # a signal ends a wait: only one that none has ended tells the code
+    while :; do # a signal ends a wait, also one that a trap has heard before: only the last tells
         count=$signals code=0
         wait "$pid" || code=$?
-        ((count == signals)) && break
+        if ((count == signals)) && ! kill -0 "$pid" 2>/dev/null; then break; fi
     done
     return "$code"
 }

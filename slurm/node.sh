@@ -62,7 +62,7 @@ pid=$!
 while :; do
     count=$signals launched=0
     wait "$pid" || launched=$?
-    ((count == signals)) && break
+    if ((count == signals)) && ! kill -0 "$pid" 2>/dev/null; then break; fi
 done
 
 # The launcher's own code is not the truth: deepspeed's is 0 when a signal ended a rank, torchrun's

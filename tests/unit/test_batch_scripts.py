@@ -160,7 +160,7 @@ def test_a_full_disk_does_not_end_a_job_that_is_to_stop(job):
         assert len(done.stderr.splitlines()) == 1 and said in done.stderr
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize("pause", [0.0, 0.001, 0.02, 0.3])
 def test_a_warning_and_the_end_right_after_it(job, tmp_path, pause):
     """As in a pre-emption without grace: the script waits for its ranks all the same."""
     (tmp_path / "srun").write_text("#!/bin/bash\ntrap '' TERM\necho runs >&2\nsleep 1.5\n")
