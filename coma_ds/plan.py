@@ -34,7 +34,6 @@ USABLE = 0.96  # of a card: the rest is lost between blocks
 OVERLAP = 0.7  # of what is moved while there is something to compute, and the other way round
 HOST_GB = 25.0  # GB/s between a GPU and its host, and of its share of an optimizer there (assumed)
 FEW = 3.0  # times that the weights may be moved in a step
-HPZ = 8  # GPUs that share a copy in zero3_hpz.json
 SMALL = 4096  # tokens of a chunk
 HALF = 512  # tokens of a chunk at which a GPU reaches half of its rate (assumed)
 TOWER = (10, 4)  # rows of the tower's width, and of its inner width, that a pass holds a patch
@@ -143,9 +142,9 @@ class Planner:
             inside = 1 < zero.group and self.machine.per_node % zero.group == 0
             # Inside a node: all but the first gather of what the update has changed.
             between = reduced + (min(gathered, item * self.weights.trained) if inside else gathered)
-            if between > FEW * self.weight_bytes:
+            if not inside and gathered > FEW * self.weight_bytes:
                 notes.append(
-                    f"the weights come from other nodes {between / self.weight_bytes:.1f} times a "
+                    f"the weights come from other nodes {gathered / self.weight_bytes:.1f} times a "
                     f"step: zero_hpz_partition_size={self.machine.per_node} in a DeepSpeed file "
                     "keeps that inside each node"
                 )
@@ -348,7 +347,8 @@ class Planner:
         whole = [self.config.deepspeed]
         if self.machine.gpus > 1:
             names = ["zero3", "zero3_whole"]
-            if self.machine.nodes > 1 and self.machine.per_node % HPZ == 0:
+            group = read_mechanics("zero3_hpz")["zero_optimization"]["zero_hpz_partition_size"]
+            if self.machine.nodes > 1 and self.machine.per_node % group == 0:
                 names.append("zero3_hpz")
             whole += [name for name in names if name not in whole]
         for mechanics in whole:

@@ -337,8 +337,8 @@ idle_starts() {
 
 finish() { # CODE MESSAGE: what the ranks' end means for the job
     local code=$1 message=$2 idle
-    if [[ -n $timer && $timer != none ]] && ! kill "$timer" 2>/dev/null; then
-        message='' # the timer has ended the ranks, and itself
+    if [[ -n $timer && $timer != none ]] && ! kill "$timer" 2>/dev/null && [[ -z $ended ]]; then
+        message='' # the timer has ended the ranks, and itself (TERM ends it before that)
     fi
     if ! is_newest; then
         say 'this job runs elsewhere by now: this start of it ends'

@@ -32,18 +32,21 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
 os.execvp(sys.executable, [sys.executable, "-P", *sys.argv[1:]])'
 
 # Builtins only: at TERM every other program of the step ends.
-signals=0
+signals=0 pid='' doomed=''
 # shellcheck disable=SC2317  # called by the traps
 on_signal() {
     signals=$((signals + 1))
     # srun ends this node because of another one, or this is an evaluation: nothing is to be saved
     if [[ -e $failed || -n ${COMA_NOTHING_TO_SAVE:-} ]]; then
-        end_tree "$pid"
+        doomed=yes
+        if [[ -n $pid ]]; then end_tree "$pid"; fi
         return 0
     fi
     local newest='' first
     while read -r first _; do newest=$first; done <"$COMA_DS_CONTROL/starts"
-    if [[ $newest == "${SLURM_RESTART_COUNT:-0}" ]]; then : >"$COMA_DS_CONTROL/stop"; fi
+    if [[ $newest == "${SLURM_RESTART_COUNT:-0}" ]]; then
+        { : >"$COMA_DS_CONTROL/stop"; } 2>/dev/null || true # a full disk: the script's timer ends them
+    fi
 }
 # shellcheck disable=SC2317
 end_tree() { # PID: it and all below it, by SIGKILL
@@ -59,6 +62,7 @@ trap 'trap "" TERM USR1; on_signal' TERM
 
 "${python[@]}" -c "$shield" "${launcher[@]}" "${entry[@]}" </dev/null &
 pid=$!
+if [[ -n $doomed ]]; then end_tree "$pid"; fi # a signal was quicker
 while :; do
     count=$signals launched=0
     wait "$pid" || launched=$?

@@ -173,13 +173,15 @@ def describe(planner, load, plans: list, price: float | None) -> str:
     chosen = best(plans)
     if chosen is None:
         plan = min(plans, key=lambda plan: plan.total)
-        ways = ["more GPUs", "deepspeed=zero3_offload"]
+        ways = ["more GPUs", "a larger card", "shorter samples"]
         if config.model.adapter == "none":
-            ways.insert(1, "model.adapter=lora")
+            ways.append("model.adapter=lora")
+        if not offloaded(planner, {}):
+            ways.append("deepspeed=zero3_offload")
         return "\n".join([
             *lines,
             f"nothing fits: {plan.binds} is the largest part of the smallest of them",
-            f"to try: {', '.join(ways)}, a larger card, shorter samples\n",
+            f"to try: {', '.join(ways)}\n",
         ])  # fmt: skip
     lines.append(f"best       {plans.index(chosen)}: {' '.join(chosen.overrides) or 'as it is'}")
     away = offloaded(planner, chosen.changes)

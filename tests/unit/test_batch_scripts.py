@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -178,6 +177,35 @@ def test_a_warning_and_the_end_right_after_it(job, tmp_path, pause):
     assert len(text.splitlines()) == 1 and "asked the ranks to save and stop" in text
 
 
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_the_end_of_a_nodes_part(tmp_path, evaluates):
+    """At TERM an evaluation is ended at once; a training is asked to save, and waited for."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        "#!/bin/bash\nif [[ $* == *rank_report* ]]; then exit 1; fi\n"
+        "trap '' TERM\necho runs\nsleep 3\n"
+    )
+    stub.chmod(0o755)
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "starts").write_text("0 0 - -\n")
+    settings = {
+        "COMA_PYTHON_COMMAND": str(stub), "COMA_RANKS_PER_NODE": "1", "SLURM_NODEID": "0",
+        "COMA_DS_RANK_REPORTS": str(tmp_path / "ranks"), "COMA_DS_CONTROL": str(tmp_path),
+        "COMA_LAUNCHER": "torchrun", "SLURM_JOB_NUM_NODES": "1", "MASTER_ADDR": "x",
+        "MASTER_PORT": "1", "COMA_NOTHING_TO_SAVE": "1" if evaluates else "",
+    }  # fmt: skip
+    node = subprocess.Popen(
+        ["bash", "slurm/node.sh", "entry"], cwd=ROOT, env=os.environ | settings, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert node.stdout.readline() == "runs\n"
+    node.send_signal(signal.SIGTERM)
+    node.communicate(timeout=30)
+    launched = (tmp_path / "ranks" / "failed").read_text().split()[-1]
+    assert (node.returncode, launched) == (1, "137" if evaluates else "0")
+    assert (tmp_path / "stop").exists() != evaluates
+
+
 @pytest.mark.parametrize("seconds", ["0", "5"])
 def test_a_job_that_starts_on_a_full_disk_says_so(job, tmp_path, seconds):
     control = tmp_path / "shared" / "jobs" / "j-1"
@@ -338,52 +366,3 @@ def test_submitted_from_elsewhere(tmp_path: Path, name: str):
     done = subprocess.run([script], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: submit from the root of the repository\n"
-
-
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("match:optim.sise=3", "unknown key 'optim.sise'"),
-        ("match:compress.loss=kl", "override compress.loss has no effect with objective 'match'"),
-        ("compress:match.symmetric=true", "override match.symmetric has no effect"),
-        ("match:output=/x", "'match:output=/x': output=FOLDER is that of both stages"),
-        ("output=", "'output=': name the folder of both stages"),
-        ("match:init_from=/x", "'match:init_from=/x': match goes on from this compress"),
-        ("--partition gpu", "'gpu' is taken for the NAME of recipes: as a value of --partition"),
-        ("--nodes 2 demo", "there is '2' (as a value of --nodes it would be one word with it"),
-        ("match:", "'match:': expected match:KEY=VALUE"),
-        ("evaluate:foo=3", "'evaluate:foo=3': the evaluation takes no words here"),
-    ],
-)
-def test_the_pipeline_checks_all_stages_before_it_submits_one(tmp_path: Path, word, said):
-    (tmp_path / "sbatch").write_text(f"#!/bin/bash\ntouch {tmp_path}/called\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMA_PYTHON": sys.executable}
-    done = subprocess.run(
-        ["bash", "slurm/pipeline.sh", f"output={tmp_path}/run", *word.split()],
-        cwd=ROOT, env=os.environ | path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and said in done.stderr
-    assert not (tmp_path / "called").exists()
-
-
-@pytest.mark.parametrize("refused", [1, 2, 3])
-def test_the_pipeline_ends_where_sbatch_refuses(tmp_path: Path, refused: int):
-    """And submits nothing that would not wait for what was refused."""
-    calls = tmp_path / "calls"
-    (tmp_path / "sbatch").write_text(
-        f'#!/bin/bash\necho "$*" >>{calls}\n'
-        f"if (($(wc -l <{calls}) == {refused})); then echo no >&2; exit 1; fi\n"
-        f"wc -l <{calls}\n"
-    )
-    (tmp_path / "sbatch").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "slurm/pipeline.sh", "demo", f"output={tmp_path}/run"],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stderr == "no\n"
-    assert len(calls.read_text().splitlines()) == refused
-    assert len(done.stdout.splitlines()) == refused - 1
-    for number, call in enumerate(calls.read_text().splitlines()):
-        assert (f"--dependency=afterok:{number} " in call) == (number > 0)

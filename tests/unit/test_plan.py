@@ -294,7 +294,14 @@ def test_nothing_fits_is_code_1(tmp_path, capsys) -> None:
     words = ["--cards", str(tmp_path / "cards.yaml"), "--gpu", "mine"]
     code, text = run(capsys, "--recipe", "qwen2_5_vl_3b-match", *words)
     assert code == 1 and "nothing fits: memory: " in text and "8 x mine" in text
-    assert text.splitlines()[-1].startswith("to try: more GPUs, deepspeed=zero3_offload")
+    assert text.endswith(
+        "to try: more GPUs, a larger card, shorter samples, deepspeed=zero3_offload\n"
+    )
+    code, text = run(
+        capsys, "--recipe", "qwen2_5_vl_3b-match", *words, "deepspeed=zero3_offload",
+        "model.adapter=none",
+    )  # fmt: skip
+    assert code == 1 and text.endswith("shorter samples, model.adapter=lora\n")
 
 
 def test_what_is_offloaded_takes_time_and_the_hosts_memory(capsys) -> None:
