@@ -18,11 +18,13 @@ from coma_ds.config import DataConfig, RunConfig
 from coma_ds.data.builtin import BuiltinDialogues, BuiltinPairs
 from coma_ds.data.collate import Collator
 from coma_ds.data.dialogues import DialogueFile, SingleTurns
-from coma_ds.data.lengths import read_lengths
+from coma_ds.data.lengths import Settings, read_lengths
 from coma_ds.data.mmeb import MMEBTrain
+from coma_ds.data.mmeb_layout import folders
 from coma_ds.data.pairs import PairFile
 from coma_ds.data.processing import Processing, load_processing
 from coma_ds.data.replacements import Rows
+from coma_ds.data.resized import check_resized
 from coma_ds.data.sampler import BatchOrder, LocalBatches, Sources
 from coma_ds.engine import Engine, full_parameters
 from coma_ds.mechanics import deepspeed_config
@@ -51,8 +53,13 @@ def build_sources(config: RunConfig) -> dict[str, Sequence]:
     if data.format == "builtin":
         return _builtin_sources(config)
     if data.format == "mmeb":
-        if not data.root or not data.sources:
-            raise ValueError("data.format 'mmeb' needs data.root and data.sources (names of sets)")
+        if not data.root:
+            raise ValueError("data.format 'mmeb' needs data.root, the folder of the sets")
+        if not data.sources:
+            there = ""
+            if Path(data.root).is_dir():
+                there = f"; {data.root} has {', '.join(folders(data.root)) or 'none'}"
+            raise ValueError(f"data.format 'mmeb' needs data.sources, the names of sets{there}")
         return {
             name: MMEBTrain(
                 data.root,
@@ -145,17 +152,25 @@ def build_data(config: RunConfig, processing: Processing) -> TrainingData:
     world, size = comm.world_size(), config.optim.batch_size
     if size % world:
         raise ValueError(f"optim.batch_size {size} is not a multiple of the {world} ranks")
-    sources = Sources(build_sources(config))
     data: DataConfig = config.data
+    check_resized(data.image_root, processing)
+    sources = Sources(build_sources(config))
+    weights = None
+    if data.lengths:
+        settings = Settings.of(config.model, processing.image_processor)
+        weights = _row_tokens(data.lengths, sources.sizes, settings)
     order = BatchOrder(
         sources.sizes, size, data.sub_batch, data.weighting, config.seed,
-        weights=_row_tokens(data.lengths, sources.sizes) if data.lengths else None,
+        weights=weights,
     )  # fmt: skip
     return TrainingData(order, sources, Collator(processing), data.workers, data.bad_rows > 0)
 
 
-def _row_tokens(folder: str, sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    known = read_lengths(folder)
+def _row_tokens(folder: str, sizes: dict[str, int], settings: Settings) -> dict[str, np.ndarray]:
+    try:
+        known = read_lengths(folder, settings)
+    except ValueError as error:
+        raise ValueError(f"data.lengths {error}") from error
     found = {}
     for name, size in sizes.items():
         if name not in known:

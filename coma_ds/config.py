@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from coma_ds.recipe_files import merge, parse_overrides, read_recipe
+from coma_ds.recipe_files import merge, parse_overrides, read_recipe, wrong_values
 
 Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -383,13 +383,7 @@ def validate(tree: dict) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            given = "" if item["type"] == "value_error" else f" (given: {item['input']!r})"
-            lines.append(f"{key}: {message}{given}" if key else message)
-        raise ValueError("; ".join(lines)) from None
+        raise ValueError("; ".join(wrong_values(error.errors(), _known_keys(RunConfig)))) from None
 
 
 def dump(config: RunConfig) -> str:

@@ -150,6 +150,8 @@ class Planner:
                 )
         if cut.size < SMALL and cut.tokens > 2 * cut.size:
             notes.append(f"chunks of {cut.size:.0f} tokens are small: a GPU wants 16,000 or more")
+        if (cut.budget.tokens or math.inf) < load.longest:
+            notes.append(f"samples above chunk.tokens go alone: the longest has {load.longest}")
         rate = card.tflops * 1e12 * card.share
         return Plan(
             changes=changes or {},
@@ -207,7 +209,7 @@ class Planner:
             for chunk in (config.chunk, alone)
         )
         mean = load.tokens / load.samples
-        size = min(budget.samples * mean, budget.tokens or math.inf, tokens)
+        size = min(budget.samples * mean, max(budget.tokens or math.inf, mean), tokens)
         chunks, kept = max(1, math.ceil(tokens / size)), 0
         if config.objective == "match":
             kept = min(chunks, max(budget.keep, int((budget.keep_tokens or 0) / size)))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from coma_ds.batch import IGNORE
 from coma_ds.data.collate import Collator
 from coma_ds.data.images import FilePicture
-from coma_ds.data.lengths import LENGTHS, NUMBERS
+from coma_ds.data.lengths import LENGTHS, NUMBERS, Settings
 from coma_ds.data.processing import Processing
 from coma_ds.data.records import Dialogue, Pair, Picture, RankingTask, Side
+from coma_ds.data.resized import Grid, begin_resized, keep_resized
 
 AT_A_TIME = 32  # rows or images that a worker hands back together
 ROWS_NAMED = 3  # of those that show a bad image
@@ -33,7 +31,6 @@ BAD, SUMMARY = "bad.jsonl", "summary.json"
 KINDS = ("dialogue", "query", "target", "negative", "side")
 MISSING, BROKEN = "missing", "broken"
 
-Grid = tuple[int, int, int]
 Record = Pair | Dialogue | Side
 
 
@@ -127,47 +124,6 @@ class Images(Dataset):
 
 
 @dataclass(frozen=True)
-class Held:
-    """A picture in memory."""
-
-    name: str
-    image: Image.Image
-
-    def open(self) -> Image.Image:
-        """It."""
-        return self.image
-
-
-def keep_resized(picture: FilePicture, folder: Path, grid: Grid, processing: Processing) -> None:
-    """The image below ``folder`` under the same path, no larger than it is used; what is there
-    already stays.
-
-    One that is not larger is copied as it is, as is one that the processor would scale another way
-    from there.
-    """
-    target = folder / picture.path
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{os.getpid()}-{target.name}")
-    patch = processing.image_processor.patch_size
-    size = grid[2] * patch, grid[1] * patch
-    image = picture.open()
-    small = None
-    if image.width * image.height > size[0] * size[1]:
-        small = image.resize(size, Image.Resampling.BICUBIC)
-        if processing.pixels(Held(picture.name, small))[1] != grid:
-            small = None
-    if small is None:
-        shutil.copyfile(picture.name, partial)
-    else:
-        kind = Image.registered_extensions().get(target.suffix.lower(), "JPEG")
-        options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
-        small.save(partial, kind, **options)
-    partial.replace(target)
-
-
-@dataclass(frozen=True)
 class Known:
     """A picture of which the size is known, or why it cannot be used."""
 
@@ -254,8 +210,10 @@ def prepare(
     """Look at every image and every row of one source.
 
     ``resized``: a folder for the images as large as they are used.  ``progress`` is told of images
-    and rows that were looked at.
+    and rows that were looked at.  Raises ``ValueError`` for ``resized`` of other settings.
     """
+    if resized:
+        begin_resized(resized, processing)
     found = Prepared(name, len(records))
     first: dict[str, tuple[int, int]] = {}
     shown: dict[str, list[int]] = {}
@@ -309,9 +267,9 @@ def _in_workers(dataset: Dataset, workers: int, progress: Callable[[int], object
         progress(len(part))
 
 
-def write(folder: Path, sources: Iterable[Prepared]) -> None:
-    """``lengths.parquet`` (source, row, kind, ``NUMBERS``), ``bad.jsonl`` (images, then rows) and
-    ``summary.json`` in ``folder``, each as a whole."""
+def write(folder: Path, sources: Iterable[Prepared], settings: Settings) -> None:
+    """``lengths.parquet`` (source, row, kind, ``NUMBERS``, and what they were measured with),
+    ``bad.jsonl`` (images, then rows) and ``summary.json`` in ``folder``, each as a whole."""
     sources = list(sources)
     with _whole(folder / LENGTHS) as path:
         kinds = np.array(KINDS)
@@ -324,7 +282,7 @@ def write(folder: Path, sources: Iterable[Prepared]) -> None:
         }
         for place, name in enumerate(NUMBERS, 2):
             columns[name] = np.concatenate([rows[:, place] for _, rows in parts]).astype(np.int32)
-        pq.write_table(pa.table(columns), path)
+        pq.write_table(pa.table(columns, metadata=settings.metadata()), path)
     with _whole(folder / BAD) as path, path.open("w") as file:
         for source in sources:
             for bad in source.bad.values():

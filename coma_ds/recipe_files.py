@@ -112,3 +112,26 @@ def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
         raise ValueError(f"recipe {name!r}: expected a mapping of keys, found {tree!r:.60}")
     base = tree.pop("base", None)
     return merge(read_recipe(str(base), (*above, name)), tree) if base else tree
+
+
+def wrong_values(errors: list[Any], known: list[str]) -> list[str]:
+    """A line for each wrong value that pydantic found: its key, what was expected, what was given.
+
+    ``known`` keys; a value that may be of several types has an error for each of them, below it.
+    """
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for item in errors:
+        parts = [str(part) for part in item["loc"]]
+        place = ".".join(parts)
+        while parts and ".".join(parts) not in known:
+            parts.pop()
+        given = "" if item["type"] == "value_error" else f" (given: {item['input']!r})"
+        said = place, item["msg"].removeprefix("Value error, ")
+        found.setdefault((".".join(parts) or place, given), []).append(said)
+    lines = []
+    for (key, given), same in found.items():
+        place, first = same[0]
+        words = [first, *(said.removeprefix("Input should be ") for _, said in same[1:])]
+        place = place if len(same) == 1 else key
+        lines.append(f"{place}: {', or '.join(words)}{given}" if place else f"{words[0]}{given}")
+    return lines

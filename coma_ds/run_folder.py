@@ -23,7 +23,7 @@ from coma_ds.manifest import published, set_apart, write_atomically
 from coma_ds.metrics import flatten
 from coma_ds.ownership import Incarnation, read_owner, take, takes_over, this_start
 from coma_ds.stopping import SWITCHES, check_not_held
-from coma_ds.versions import versions
+from coma_ds.versions import place, versions
 
 log = logging.getLogger("coma_ds")
 
@@ -100,7 +100,7 @@ def begin(config: RunConfig, mine: Incarnation, ds_config: dict) -> None:
         (folder / SWITCHES).mkdir(exist_ok=True)
         write_atomically(folder / CONFIG, dump(config))
         write_atomically(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-        write_atomically(folder / "versions.txt", versions())
+        write_atomically(folder / "versions.txt", versions() + place())
 
 
 def _refuse_finished(folder: Path, config: RunConfig) -> None:

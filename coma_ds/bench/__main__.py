@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run, print a table, write the JSON.  Raises ``ValueError`` for what the user can mend."""
     import torch
 
+    from coma_ds.screen import log_to_stderr
+
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         prog="python -m coma_ds.bench", description=__doc__.splitlines()[0], allow_abbrev=False
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         (args.output / ".written").unlink()
     except OSError as error:
         raise ValueError(f"--output {args.output}: cannot be written ({error.strerror})") from None
+    log_to_stderr(True)
     if on_gpu:
         return on_card(args, rounds)
 
@@ -66,9 +69,7 @@ def on_card(args: argparse.Namespace, rounds: int) -> int:
     import coma_ds
     from coma_ds import engine
     from coma_ds.bench import gpu
-    from coma_ds.screen import log_to_stderr
 
-    log_to_stderr(True)
     gpu.check(Path(coma_ds.__file__).resolve().parents[1])
     recipes = {stage: RECIPES[stage] for stage in ([args.stage] if args.stage else RECIPES)}
     records = {"match": args.pairs, "compress": args.dialogues}

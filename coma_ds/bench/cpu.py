@@ -35,6 +35,8 @@ from coma_ds.config import RunConfig, load_config
 from coma_ds.optim import build_optimizer
 from coma_ds.step import Budget, grad_cache
 
+log = logging.getLogger("coma_ds")
+
 PACKAGES = ("torch", "deepspeed", "transformers", "sentence-transformers")
 TEMPERATURE = 0.05
 SAME = 1e-4  # of loss and gradient, relative: fp32
@@ -148,6 +150,7 @@ def compare(*, rounds: int, pairs: int, chunk: int) -> dict:
                 rival = Rival(twin, config, batch)
                 found["loss"] = check(ours, rival)
             calls = {"replayed": ours.step, "rival": rival.step, "kept": kept.step}
+            log.info("%s: %d turns of %s", stage, rounds + WARM, ", ".join(calls))
             found[stage] = interleave(rounds, calls)
             ours.engine.destroy()
     found["ratios"] = {

@@ -153,6 +153,7 @@ def _stage(
     )
     batch = (maker.pairs if matching else maker.dialogues)(records, 0).to(device)
     bench = Bench(config, engine, batch, rounds)
+    log.info("%s: %d records, %d tokens", config.objective, records, len(batch.input_ids_T))
     ways = sorted(MATCH if matching else COMPRESS, key=lambda way: way.liger)
     results, applied = {}, False
     for way in ways:

@@ -10,6 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from coma_ds.planning.cards import Machine
+
 EXAMPLES = """Nothing is downloaded and no GPU is needed.  Memory is counted on the shapes of the
 real model; time is its arithmetic over the rate of the card, assumed until one was measured
 (--against).
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print the plan; code 1 where nothing fits.  Raises ``ValueError`` for wrong arguments."""
-    from coma_ds.planning.cards import Machine, read_cards
+    from coma_ds.planning.cards import read_cards
 
     cards = read_cards(args.cards)
     if args.gpu not in cards:
@@ -92,6 +94,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.gpus % per_node:
         raise ValueError(f"--gpus {args.gpus} is not a multiple of --per-node {per_node}")
     machine = Machine(cards[args.gpu], args.gpus, per_node, args.network)
+    if args.against:
+        check_place(Path(args.against), machine)
     planner = Planner(config, machine, liger=not args.no_liger and config.model.liger is not False)
     folder = args.lengths or config.data.lengths
     if folder:
@@ -118,6 +122,25 @@ def execute(args: argparse.Namespace) -> int:
     return 0 if any(plan.fits for plan in plans) else 1
 
 
+def check_place(run: Path, machine: Machine) -> None:
+    """Raise ``ValueError`` where a run was not made on such a machine."""
+    from coma_ds.versions import CPU
+
+    known = run_place(run)
+    ranks, device = known.get("ranks", str(machine.gpus)), known.get("device", "")
+    if device == CPU:
+        raise ValueError(f"--against {str(run)!r}: that run was made on a CPU")
+    if ranks != str(machine.gpus):
+        raise ValueError(f"--against {str(run)!r}: that run had {ranks} ranks: give --gpus {ranks}")
+
+
+def run_place(run: Path) -> dict[str, str]:
+    """What the run has noted of packages, ranks and device."""
+    file = run / "versions.txt"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return dict(line.split(" ", 1) for line in lines if " " in line)
+
+
 def measured_here(config, model):
     """The load of built-in data, which is always at hand."""
     from coma_ds.assemble import build_processing, build_sources
@@ -135,7 +158,7 @@ def measured_here(config, model):
 
 def describe(planner, load, plans: list, price: float | None) -> str:
     """For a screen."""
-    from coma_ds.plan import GIB, best, describe_chunks
+    from coma_ds.plan import FEW, GIB, best, describe_chunks
 
     config, machine, card = planner.config, planner.machine, planner.machine.card
     weights, steps = planner.weights, config.optim.steps
@@ -151,7 +174,9 @@ def describe(planner, load, plans: list, price: float | None) -> str:
         f"{load.tokens / load.samples:.0f} tokens on average "
         f"({load.image_tokens / load.samples:.0f} of images)",
         f"           {load.said}",
-        f"rate       {card.share:.0%} of {card.tflops:g} TFLOP/s ({rate}); {card.node_gb:g} GB/s "
+        f"rate       {card.share:.0%} of {card.tflops:g} TFLOP/s ({rate})"
+        + ("" if config.precision == "bf16" else f", in bf16: {config.precision} is slower")
+        + f"; {card.node_gb:g} GB/s "
         "in a node" + (f", {machine.network_gb:g} between nodes" if machine.nodes > 1 else ""),
         "",
     ]
@@ -183,7 +208,14 @@ def describe(planner, load, plans: list, price: float | None) -> str:
             f"nothing fits: {plan.binds} is the largest part of the smallest of them",
             f"to try: {', '.join(ways)}\n",
         ])  # fmt: skip
-    lines.append(f"best       {plans.index(chosen)}: {' '.join(chosen.overrides) or 'as it is'}")
+    quickest = min((plan for plan in plans if plan.fits), key=lambda plan: plan.seconds)
+    why = ""
+    if quickest is not chosen:
+        gain = "moves less" if quickest.times > FEW >= chosen.times else "takes less memory"
+        why = f" (as fast as {plans.index(quickest)} within 1 %, and {gain})"
+    lines.append(
+        f"best       {plans.index(chosen)}: {' '.join(chosen.overrides) or 'as it is'}{why}"
+    )
     away = offloaded(planner, chosen.changes)
     held = ", ".join(
         f"{name} {size / GIB:.1f}" for name, size in chosen.memory.items() if size > 0.05 * GIB
@@ -239,8 +271,8 @@ def compare(planner, plan, run: Path) -> dict:
 
     Raises ``ValueError`` for a run that has logged too few steps.
     """
-    steps = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    steps, file = [], run / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.is_file() else []:
         values = json.loads(line)
         if "samples_per_second" in values:
             steps.append(values)
@@ -272,7 +304,7 @@ def compare(planner, plan, run: Path) -> dict:
         "executed_per_needed": median("executed_per_needed"),
     }
     found["text"] = (
-        f"\nmeasured   {run}, {len(steps)} steps\n"
+        f"\nmeasured   {run}, {len(steps)} steps on {run_place(run).get('device', 'a GPU')}\n"
         f"step       {took:.2f} s, planned {plan.seconds:.2f} ({found['seconds_error']:+.0%}); "
         f"with the rate of this run {rated.seconds:.2f} "
         f"({found['seconds_error_at_its_rate']:+.0%})\n"

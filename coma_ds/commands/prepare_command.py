@@ -10,7 +10,7 @@ from pathlib import Path
 EXAMPLES = """All images are decoded, each once, and all rows made into samples as in training.
 Into the folder --output go
   summary.json     by source: rows, images, what is missing or broken, lengths in tokens
-  bad.jsonl        each image and row that cannot be used, and why
+  bad.jsonl        each image and row (from 0) that cannot be used, and why
   lengths.parquet  tokens and image tokens of each sample
   images/          with --resize: the images as large as they are used, for data.image_root
 Evaluation sets (eval.root) are looked at as well; --resize is for the training data.
@@ -58,11 +58,14 @@ def execute(args: argparse.Namespace) -> int:
 
     from coma_ds.assemble import build_processing, build_sources
     from coma_ds.assessment import load_tasks
+    from coma_ds.data.lengths import Settings
+    from coma_ds.data.resized import check_resized
     from coma_ds.preparation import prepare, sides_of, table, write
     from coma_ds.screen import log_to_stderr
 
     log_to_stderr(True)
     _, processing = build_processing(config)
+    check_resized(config.data.image_root, processing)
     # Bad rows are counted here, whatever the run would let pass.
     data = config.data.model_copy(update={"bad_rows": 0.5})
     lenient = config.model_copy(update={"data": data})
@@ -83,7 +86,7 @@ def execute(args: argparse.Namespace) -> int:
                         workers=args.workers, resized=resized, progress=bar.update,
                     )
                 )  # fmt: skip
-        write(folder, found)
+        write(folder, found, Settings.of(config.model, processing.image_processor))
     except OSError as error:
         raise ValueError(f"--output {folder}: {error.strerror or error}") from error
     sys.stdout.write(table(found))

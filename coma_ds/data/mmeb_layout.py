@@ -56,7 +56,7 @@ def mmeb_eval_sets(root_or_hub: str) -> list[str]:
             f"{root_or_hub}: no MMEB set here; expected folders such as "
             f"{next(iter(OFFICIAL_SETS))}/test-00000-of-00001.parquet, or sets.json"
         )
-    others = [name for name in _folders(root_or_hub) if name not in names]
+    others = [name for name in folders(root_or_hub) if name not in names]
     strange = [name for name in others if glob.glob(os.path.join(root_or_hub, name, "*.parquet"))]
     if strange and not index:
         log.warning(
@@ -87,7 +87,7 @@ def open_set(root_or_hub: str, subset: str, split: str, columns: Sequence[str]) 
     if not os.path.isdir(folder):
         raise ValueError(
             f"{root_or_hub}: no set {subset!r} here; there are "
-            f"{', '.join(_folders(root_or_hub)) or 'none'}"
+            f"{', '.join(folders(root_or_hub)) or 'none'}"
         )
     names = sorted(os.listdir(folder))
     files = [name for name in names if fnmatch.fnmatch(name, f"{split}-*.parquet")] or [
@@ -100,7 +100,8 @@ def open_set(root_or_hub: str, subset: str, split: str, columns: Sequence[str]) 
     return read_parquet([os.path.join(folder, name) for name in files], columns)
 
 
-def _folders(root: str) -> list[str]:
+def folders(root: str) -> list[str]:
+    """Names of the folders in ``root``, so many as can be shown."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:60]
 
 

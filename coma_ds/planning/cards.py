@@ -9,8 +9,10 @@ from pathlib import Path
 
 import yaml
 
+NUMBERS = ("memory_gib", "tflops", "node_gb", "share")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """A GPU.  ``key``: its short name; ``tflops``: dense bf16; ``node_gb``: GB/s to the others of
     its node; ``share`` of the TFLOP/s that steps reach, ``measured`` where, or empty."""
@@ -59,15 +61,31 @@ def read_cards(path: str | None = None) -> dict[str, Card]:
         try:
             own = yaml.safe_load(Path(path).read_text())
             trees |= {str(name): {**trees.get(name, {}), **tree} for name, tree in own.items()}
-        except (yaml.YAMLError, AttributeError, TypeError) as error:
-            raise ValueError(f"--cards {path!r}: expected NAME: {{memory_gib: ...}}") from error
-    cards = {}
-    for name, tree in trees.items():
-        try:
-            cards[name] = Card(**{"key": name, "name": name, **tree})
-            numbers = (cards[name].memory_gib, cards[name].tflops, cards[name].node_gb)
-            if not all(value > 0 for value in (*numbers, cards[name].share)):
-                raise TypeError("numbers above 0 are expected")
-        except TypeError as error:
-            raise ValueError(f"--cards {path!r}, {name}: {error}") from error
-    return cards
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"--cards {path!r}: expected YAML of the form NAME: {{{', '.join(NUMBERS)}}}"
+            ) from error
+    return {str(name): _card(str(name), tree, f"--cards {path!r}") for name, tree in trees.items()}
+
+
+def _card(name: str, tree: dict, where: str) -> Card:
+    for key in tree:
+        if key not in (*NUMBERS, "name", "measured"):
+            raise ValueError(
+                f"{where}, {name}: unknown key {key!r}, known are {', '.join(NUMBERS)}, name, "
+                "measured"
+            )
+    numbers = {}
+    for key in NUMBERS:
+        value = tree.get(key)
+        if key not in tree:
+            raise ValueError(f"{where}, {name}: {key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where}, {name}: {key} {value!r}: a number is expected")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{where}, {name}: {key} {value}: a number above 0 is expected")
+        numbers[key] = value
+    if numbers["share"] > 1:
+        raise ValueError(f"{where}, {name}: share {numbers['share']}: a part of 1 is expected")
+    words = {key: str(tree.get(key) or other) for key, other in (("name", name), ("measured", ""))}
+    return Card(key=name, **numbers, **words)

@@ -11,7 +11,7 @@ import torch
 
 from coma_ds.batch import ImageBatch
 from coma_ds.config import RunConfig
-from coma_ds.data.lengths import SampleLengths, read_lengths
+from coma_ds.data.lengths import SampleLengths, Settings, read_lengths
 from coma_ds.model.work import Work, vision_pairs
 from coma_ds.preparation import Prepared
 
@@ -83,8 +83,16 @@ def assume(config: RunConfig, model, image_tokens: int | None, text_tokens: int 
 
 
 def measured(config: RunConfig, model, folder: str) -> Load:
-    """From what ``coma-ds prepare`` wrote.  Raises ``ValueError`` for a folder without it."""
-    sources = {n: x for n, x in read_lengths(folder).items() if not n.startswith("eval/")}
+    """From what ``coma-ds prepare`` wrote.
+
+    Raises ``ValueError`` for a folder without it, or measured with other settings.
+    """
+    settings = Settings.of(config.model, model.backbone.lm.config.vision_config)
+    try:
+        known = read_lengths(folder, settings)
+    except ValueError as error:
+        raise ValueError(f"--lengths {error}") from error
+    sources = {name: x for name, x in known.items() if not name.startswith("eval/")}
     if not sources:
         raise ValueError(f"--lengths {folder!r}: it tells of no training data")
     data = config.data

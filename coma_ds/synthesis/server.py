@@ -66,6 +66,7 @@ class ChatServer:
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
     _live: set[HTTPConnection] = field(default_factory=set, repr=False)
     _answered: bool = False
+    _served: bool = False  # a chat completion
     _said: float = -math.inf
 
     def __post_init__(self) -> None:
@@ -216,10 +217,13 @@ class ChatServer:
             if not isinstance(text, str):
                 raise TypeError
         except (ValueError, LookupError, TypeError, AttributeError):
+            if self._served:  # a proxy's page, while the server behind it starts again
+                raise _Failed(f"the answer is no chat completion ({_message(data)})") from None
             raise ValueError(
                 f"{self.url}: the answer is no chat completion ({_message(data)}); is this an "
                 "OpenAI-compatible server?"
             ) from None
+        self._served = True
         return Reply(text, cut=end in ("length", "content_filter"))
 
 

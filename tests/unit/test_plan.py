@@ -6,9 +6,6 @@ import json
 import re
 from dataclasses import replace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -231,43 +228,9 @@ def test_two_nodes_wait_for_their_network() -> None:
     assert plan.binds == "the network" and plan.seconds > plan.moving
 
 
-def write_lengths(folder, image_tokens: int) -> None:
-    folder.mkdir()
-    columns = {
-        "source": ["a", "a", "a", "b", "b", "eval/x"],
-        "row": [0, 0, 1, 0, 0, 0],
-        "kind": ["query", "target", "query", "query", "target", "side"],
-        "tokens": [600, 40, 600, 50, 50, 9999],
-        "image_tokens": [image_tokens, 0, image_tokens, 0, 0, 9999],
-        "dialogue": [0] * 6,
-        "answers": [0] * 6,
-    }
-    pq.write_table(pa.table(columns), folder / "lengths.parquet")
-
-
 def run(capsys, *words: str) -> tuple[int, str]:
     code = dispatch(["plan", "--gpus", "8", "--gpu", "h200", *words])
     return code, capsys.readouterr().out
-
-
-def test_measured_lengths_are_weighted_as_the_run_draws_them(tmp_path, capsys) -> None:
-    """Source a has 2 rows, b one: alike under uniform, by their rows under proportional."""
-    write_lengths(tmp_path / "prepared", 500)
-    words = ["--recipe", "qwen2_5_vl_3b-match", "--lengths", str(tmp_path / "prepared")]
-    with pytest.raises(
-        ValueError, match=r"prepared': source '\w+' was not measured, only a, b: run"
-    ):
-        run(capsys, *words)  # lengths of other data
-    words.append("data.sources=[a, b]")
-    means = []
-    for weighting in ("uniform", "proportional"):
-        code, text = run(capsys, *words, f"data.weighting={weighting}")
-        assert code == 0 and "measured: 3 rows of 2 source(s)" in text
-        found = re.search(r"a sample has (\d+) tokens on average \((\d+) of images\)", text)
-        means.append([int(x) for x in found.groups()])
-    uniform = np.array([(1240 / 2 + 100) / 2, 1000 / 2 / 2]) / (1.5 / 2 + 1)
-    proportional = np.array([(1240 + 100) / 3, 1000 / 3]) / (5 / 3)
-    assert means == [[round(x) for x in uniform], [round(x) for x in proportional]]
 
 
 def test_what_is_read(capsys) -> None:
@@ -355,13 +318,33 @@ def test_errors_are_sentences(words, said) -> None:
         dispatch(["plan", "--gpus", "8", "--gpu", "h200", *words])
 
 
+FORM = "expected YAML of the form NAME: {memory_gib, tflops, node_gb, share}"
+
+
 @pytest.mark.parametrize(
-    "text", ["- a list", "x: {memory: 3}", "x: {memory_gib: 0}", "a: [", "x: 3"]
+    "text, said",
+    [
+        ("- a list", FORM),
+        ("a: [", FORM),
+        ("x: 3", FORM),
+        ("\0", FORM),
+        ("x: {memory: 3}", "x: unknown key 'memory', known are memory_gib, tflops"),
+        ("x: {memory_gib: 9, tflops: 1, node_gb: 1}", "x: share is missing"),
+        ("h200: {memory_gib: 0}", "h200: memory_gib 0: a number above 0 is expected"),
+        ("h200: {tflops: fast}", "h200: tflops 'fast': a number is expected"),
+        ("h200: {share: 40}", "h200: share 40: a part of 1 is expected"),
+    ],
 )
-def test_a_wrong_file_of_cards(tmp_path, text) -> None:
+def test_a_wrong_file_of_cards(tmp_path, text, said) -> None:
     (tmp_path / "cards.yaml").write_text(text)
-    with pytest.raises(ValueError, match="--cards"):
+    with pytest.raises(ValueError, match=f"--cards '.*cards.yaml'.*{re.escape(said)}"):
         read_cards(str(tmp_path / "cards.yaml"))
+
+
+def test_a_card_with_a_rate_of_its_own(tmp_path) -> None:
+    (tmp_path / "cards.yaml").write_text("h200: {share: 0.55, measured: 2026-12-01}")
+    card = read_cards(str(tmp_path / "cards.yaml"))["h200"]
+    assert (card.share, card.measured, card.name) == (0.55, "2026-12-01", "NVIDIA H200")
 
 
 def test_a_measured_run_says_the_errors_and_its_rate(tmp_path, capsys) -> None:
@@ -391,6 +374,14 @@ def test_a_measured_run_says_the_errors_and_its_rate(tmp_path, capsys) -> None:
         assert found["share"] == pytest.approx(0.4 / slower, rel=0.02)
     code, text = run(capsys, "--against", str(tmp_path / "run"))
     assert "h200: {share: 0.1" in text and "measured: run}" in text
+    noted = tmp_path / "run" / "versions.txt"
+    noted.write_text("torch 2.13.0\nranks 8\ndevice NVIDIA H200 141GB\n")
+    assert "steps on NVIDIA H200 141GB\n" in run(capsys, "--against", str(tmp_path / "run"))[1]
+    for ranks, device, said in ((8, "cpu", "made on a CPU"), (4, "x", "had 4 ranks: give --gpus")):
+        noted.write_text(f"ranks {ranks}\ndevice {device}\n")
+        with pytest.raises(ValueError, match=said):
+            run(capsys, "--against", str(tmp_path / "run"))
+    noted.unlink()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="0 logged steps, fewer than 6"):
         run(capsys, "--against", str(tmp_path / "run"))

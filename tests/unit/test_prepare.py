@@ -13,7 +13,7 @@ from PIL import Image
 from coma_ds import preparation
 from coma_ds.assemble import build_data
 from coma_ds.commands.main import dispatch
-from coma_ds.config import RunConfig
+from coma_ds.config import ModelConfig, RunConfig
 from coma_ds.data.collate import Collator
 from coma_ds.data.images import FilePicture
 from coma_ds.data.pairs import PairFile
@@ -146,6 +146,28 @@ def test_images_as_large_as_they_are_used(data) -> None:
     assert times == {path: path.stat().st_mtime_ns for path in small.rglob("*.*")}
 
 
+def test_images_that_were_made_for_less_are_refused(data) -> None:
+    """In training, in another look at them, in the place of larger ones; for less they serve."""
+    write(data, ROWS[:3])
+    assert run(data, "--resize", *WIDE) == 0
+    root = f"data.image_root={data}/out/images"
+    said = "resized for at most 64 image tokens, model.max_vision_tokens allows 100 here"
+    more = "model.max_vision_tokens=100"
+    with pytest.raises(ValueError, match=said):
+        run(data, root, more, f"--output={data}/again")
+    assert run(data, root, "model.max_vision_tokens=50", f"--output={data}/again") == 0
+    with pytest.raises(ValueError, match="are resized for at most 64 image tokens, these would be"):
+        run(data, "--resize", more)
+    config = RunConfig(
+        objective="match",
+        data={"format": "pairs", "path": f"{data}/pairs.jsonl", "image_root": f"{data}/out/images"},
+        optim={"batch_size": 2},
+    )
+    with pytest.raises(ValueError, match=said):
+        build_data(config, processing(4, 100))
+    assert len(build_data(config, processing(4, 64)).sources) == 3
+
+
 def test_an_image_that_would_be_scaled_another_way_stays_as_it_is(data) -> None:
     """The demo's processor makes 10 tokens of it, and would make 21 of what it made."""
     write(data, ROWS[2:3])
@@ -212,9 +234,12 @@ def test_dialogues(data) -> None:
     assert row["kind"] == "dialogue" and 0 < row["image_tokens"] < row["tokens"]
 
 
+MODEL = {"compression_tokens": 8, "max_length": 512}  # as the recipe has it
+
+
 def training(data: Path, size: int = 2, **more) -> RunConfig:
     tree = {
-        "objective": "match", "optim": {"batch_size": size}, "model": {"compression_tokens": 8},
+        "objective": "match", "optim": {"batch_size": size}, "model": MODEL,
         "data": {"format": "pairs", "path": f"{data}/pairs.jsonl",
                  "image_root": f"{data}/images", "lengths": f"{data}/out", **more},
     }  # fmt: skip
@@ -245,6 +270,9 @@ def test_lengths_that_are_not_of_this_data(data) -> None:
         build_data(training(data), processing())
     with pytest.raises(ValueError, match=r"data.lengths '/none': no lengths.parquet there"):
         build_data(training(data, lengths="/none"), processing())
+    longer = training(data).model_copy(update={"model": ModelConfig(**MODEL | {"max_length": 900})})
+    with pytest.raises(ValueError, match=r"out': measured with model.max_length 512, here it is"):
+        build_data(longer, processing())
     (data / "pairs.jsonl").rename(data / "other.jsonl")
     with pytest.raises(
         ValueError, match=r"source 'other.jsonl' was not measured, only pairs.jsonl"

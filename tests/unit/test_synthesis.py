@@ -281,6 +281,13 @@ class TestServer:
             chat.replies([self.ASKED])
         assert not waits
 
+    def test_a_page_of_a_proxy_is_waited_for_once_there_were_replies(self):
+        answers, waits = ["good", (200, b"<html>starting", {}), "again"], []
+        with chat_server(lambda *_: answers.pop(0)) as stand_in:
+            chat = ChatServer(stand_in.url, "m", pause=waits.append)
+            replies = [chat.replies([self.ASKED])[0].text for _ in range(2)]
+        assert replies == ["good", "again"] and waits == [1]
+
     def test_a_server_that_goes_away_is_waited_for(self):
         with chat_server(lambda *_: "good") as stand_in:
             chat = ChatServer(stand_in.url, "m")
