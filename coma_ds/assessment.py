@@ -25,7 +25,7 @@ from coma_ds.data.dialogues import DialogueFile, questions_of
 from coma_ds.data.mmeb import mmeb_eval
 from coma_ds.data.mmeb_layout import mmeb_eval_sets
 from coma_ds.data.records import Dialogue, RankingTask, Side
-from coma_ds.disk import room
+from coma_ds.disk import unwritable
 from coma_ds.evaluation import evaluate, precision_at_1
 from coma_ds.inference import Run, encode_sides, greedy_answers
 
@@ -61,7 +61,7 @@ def _write_sets(folder: Path) -> None:
     try:
         write_mmeb_eval(folder)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written, {room(folder)} ({error})") from error
+        raise ValueError(unwritable(folder, error)) from error
 
 
 def evaluate_ranking(

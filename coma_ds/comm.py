@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -169,10 +170,10 @@ def leave(code: int) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is ended
         for worker in workers:
             worker.kill()  # below a batch script SIGTERM is blocked
-    for handler in logging.getLogger().handlers + log.handlers:
-        handler.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    streams = (*logging.getLogger().handlers, *log.handlers, sys.stdout, sys.stderr)
+    for stream in streams:
+        with suppress(OSError, ValueError):  # whoever read it may be gone
+            stream.flush()
     if dist.is_available() and dist.is_initialized() and code == 0:
         dist.destroy_process_group()
     os._exit(code)

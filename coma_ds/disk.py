@@ -17,3 +17,11 @@ def room(path: Path) -> str:
     if found.f_files and not found.f_favail:
         return "there is no room for one more file there"
     return f"{found.f_bavail * found.f_frsize / 2**20:.0f} MB are free there"
+
+
+def unwritable(path: Path, error: Exception) -> str:
+    """What to tell of a file or folder that could not be written."""
+    why = str(error)
+    if "inline_container" in why:  # all that torch.save knows of a full disk is a place in C++
+        why = "torch's writer has failed"
+    return f"{path} cannot be written, {room(path)} ({why})"

@@ -29,7 +29,7 @@ from deepspeed.utils import safe_get_full_grad, safe_set_full_grad, set_z3_leaf_
 
 from coma_ds import comm
 from coma_ds.config import RunConfig
-from coma_ds.disk import room
+from coma_ds.disk import unwritable
 from coma_ds.hardware import keep_freed_memory
 from coma_ds.mechanics import deepspeed_config
 from coma_ds.model.adapters import adapter_layers
@@ -347,7 +347,7 @@ class _Writer(TorchCheckpointEngine):
             self.engine.save(state_dict, path)
             self.files.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch does not tell a full disk as such
-            self.problems.append(f"{path} cannot be written, {room(Path(path))} ({error})")
+            self.problems.append(unwritable(Path(path), error))
 
 
 def _drop_frozen(module, state: dict, prefix: str, _) -> None:

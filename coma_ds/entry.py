@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ if select.select([launcher], [], [], 60)[0]:
     os.write(2, sys.argv[2].encode() + b"\\n")
 """
 KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)")
+NO_ANSWER = re.compile("Timed out waiting|Application timeout|Watchdog caught collective")
 ECHO_WAIT, TURN_WAIT = 20.0, 5.0  # seconds
 
 
@@ -57,17 +59,26 @@ def entry_point(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         code = 2 if is_users(error) else 1
         cause = killed_worker(error)
         if code == 1 and not cause:
-            sys.stderr.write(trace)
+            _say(trace)
         where = f" on rank {rank}" if rank or code == 1 else ""
         kind = f"{type(error).__name__}: " if code == 1 else ""
-        message = f"error{where}: {cause or f'{kind}{error}'}"
-    if message:
-        sys.stderr.write(f"\n{message}\n")
+        message = f"error{where}: {cause or no_answer(error) or f'{kind}{error}'}"
+    try:
+        if message:
+            _say(f"\n{message}\n")
+            repeat_at_the_end(message)
+        reported = rank_report.write_report(code, message)
+        # The code of a stop is read there; to a launcher, which would report it, all is well.
+        comm.leave(0 if reported and code in rank_report.AS_ASKED else code)
+    finally:  # the interpreter's own end waits for the loader's workers, which may hear no signal
+        os._exit(code or 1)
+
+
+def _say(text: str) -> None:
+    """On stderr, where somebody still reads it: that process may be gone."""
+    with suppress(OSError):
+        sys.stderr.write(text)
         sys.stderr.flush()
-        repeat_at_the_end(message)
-    reported = rank_report.write_report(code, message)
-    # The code of a stop is read there; to a launcher, which would report it, all is well.
-    comm.leave(0 if reported and code in rank_report.AS_ASKED else code)
 
 
 def _code_of(stop: SystemExit) -> tuple[int, str]:
@@ -99,6 +110,18 @@ def is_echo(error: BaseException) -> bool:
     )
 
 
+def no_answer(error: BaseException) -> str:
+    """What to tell of another rank that hangs; empty for any other error."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or not NO_ANSWER.search(text):
+        return ""
+    return (
+        f"another rank {rank_report.NO_ANSWER} in time, so it or its node hangs "
+        f"({text.rpartition('] ')[2].rstrip('. ')}; DEEPSPEED_TIMEOUT=MINUTES says how long is "
+        "waited)"
+    )
+
+
 def killed_worker(error: BaseException) -> str:
     """What to tell of a worker of the data loader that was killed; empty for any other error.
 
@@ -107,6 +130,8 @@ def killed_worker(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, RuntimeError) or not KILLED_WORKER.search(text):
         return ""
+    if "Terminated" in text:  # TERM reaches the whole group of processes
+        return "a worker of the data loader was ended by TERM, as where a launcher ends all ranks"
     return (
         f"a worker of the data loader was killed ({text.rstrip('. ')}): most likely the machine's "
         "memory was full; take fewer workers (data.workers) or smaller images "
@@ -133,7 +158,8 @@ def repeat_at_the_end(message: str) -> None:
     if os.environ.get(rank_report.FOLDER):
         return
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+        with suppress(OSError):  # a full disk
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
     launcher = launcher_pid()
     if launcher is not None:
         command = [sys.executable, "-I", "-S", "-c", REPEAT, str(launcher), message]

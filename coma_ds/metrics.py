@@ -13,9 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -75,7 +78,7 @@ class Monitor:
         self._file = path.open("a")
         if tensorboard:
             purge = (last if ended else resume_step) or None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            self._board = last_writer(folder / "tensorboard", purge)
             for line in kept if ended else ():
                 if line["step"] == last:  # it went with the evaluation of its step
                     group = line.pop("group")
@@ -119,14 +122,19 @@ class Monitor:
         if board and self._died and time.monotonic() < self._died + RETRY:
             self._missing[where] += 1
             return
-        if board and shutil.disk_usage(self._folder).free < ROOM:
+        try:
+            full = board and shutil.disk_usage(self._folder).free < ROOM
+        except OSError as error:  # a folder that is gone
+            self._miss(where, step, str(error))
+            return
+        if full:
             self._miss(where, step, os.strerror(errno.ENOSPC))
             return
         try:
             if board and self._died:
                 with suppress(OSError):
                     self._board.close()
-                self._board = SummaryWriter(self._board.log_dir)
+                self._board = last_writer(Path(self._board.log_dir))
                 self._died = 0.0
             call()
         except OSError as error:
@@ -219,6 +227,20 @@ class Monitor:
         if self._board:
             with suppress(OSError):  # told when it was met
                 self._board.close()
+
+
+def last_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    """A writer whose file sorts after those that are there, which is how TensorBoard reads them.
+
+    Its name is made of the time, and the clock of this node may be behind that of an earlier start.
+    """
+    names = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    newest = max((int(name) for name in names if name.isdecimal()), default=0)
+    if newest < int(time.time()):
+        return SummaryWriter(str(folder), purge_step=purge_step)
+    ahead = SimpleNamespace(**vars(time) | {"time": lambda: float(newest + 1)})
+    with patch.object(event_file_writer, "time", ahead):
+        return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def keep_before(path: Path, step: int, *, last_eval: int | None = None) -> list[dict[str, Any]]:

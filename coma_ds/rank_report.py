@@ -24,6 +24,7 @@ CONTROL = "COMA_DS_CONTROL"  # where a job of a cluster finds its folder
 # Codes of a run that ended as it was asked to: stopped, taken over, held (``coma_ds.stopping``).
 AS_ASKED = (85, 86, 87)
 RESERVED = 4096  # bytes
+NO_ANSWER = "gave no answer"  # in the message of a rank that waited for one that hangs
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def write_report(code: int, message: str) -> bool:
             return True
         except OSError as error:
             problem = error
-    sys.stderr.write(f"{partial.parent}: this rank's end cannot be written ({problem})\n")
+    with suppress(OSError):
+        sys.stderr.write(f"{partial.parent}: this rank's end cannot be written ({problem})\n")
     return False
 
 
@@ -91,23 +93,27 @@ def outcome(
     A fault wins, of several the first; then a rank without a report, which counts as code 1; then
     86, 87 and 85.  ``names`` are those of the ranks' nodes, in the order of ``ranks``.  Of silent
     ranks only those on ``first_node`` are told, where it is known: the others were ended with it.
+    A rank that hung says nothing: the one that waited for it does.
     """
-    ours = [report for report in reports if report.rank in ranks]
-    faults = [report for report in ours if report.code and report.code not in AS_ASKED]
-    if faults:
-        first = min(faults, key=lambda report: report.time)
-        return first.code, first.message or f"error: rank {first.rank} ended with {first.code}"
-    silent = sorted(set(ranks) - {report.rank for report in ours})
-    if silent:
-        begun = [r for r in silent if names and names[ranks.index(r)] == first_node]
-        silent = begun or silent
+
+    def named(silent: list[int]) -> str:
         places = [f" on {names[ranks.index(rank)]}" if names else "" for rank in silent]
         who = ", ".join(f"rank {rank}{place}" for rank, place in zip(silent[:4], places))
-        more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
-        return (
-            1,
-            f"error: {who}{more} ended without a word: killed from outside, or see the lines above",
-        )
+        return f"{who} and {len(silent) - 4} more" if len(silent) > 4 else who
+
+    ours = [report for report in reports if report.rank in ranks]
+    faults = [report for report in ours if report.code and report.code not in AS_ASKED]
+    silent = sorted(set(ranks) - {report.rank for report in ours})
+    if faults:
+        first = min(faults, key=lambda report: report.time)
+        said = first.message or f"error: rank {first.rank} ended with {first.code}"
+        if NO_ANSWER in said and silent:
+            said += f"; ended without a word: {named(silent)}"
+        return first.code, said
+    if silent:
+        begun = [r for r in silent if names and names[ranks.index(r)] == first_node]
+        why = "ended without a word: killed from outside, or see the lines above"
+        return 1, f"error: {named(begun or silent)} {why}"
     codes = {report.code for report in ours}
     asked = next((code for code in (86, 87, 85) if code in codes), 0)
     words = [report.message for report in ours if report.code == asked and report.message]

@@ -238,6 +238,12 @@ def check_same(config: RunConfig, checkpoint: Path, step: int) -> list[str]:
             f"{checkpoint} is of another run ({'; '.join(of_model)}): give another output, or "
             "start over with checkpoint.resume=none"
         )
+    if other := [x for x in differences if x.startswith("precision:") and "bf16" in x]:
+        raise ValueError(
+            f"{checkpoint} was made with another {other[0]}, and DeepSpeed cannot go on between "
+            "weights of 16 and of 32 bits: give the same one, or start over with "
+            "checkpoint.resume=none"
+        )
     if step > config.optim.steps:
         raise ValueError(
             f"{checkpoint} is at step {step}, optim.steps is {config.optim.steps}: raise it, or "

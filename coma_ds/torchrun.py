@@ -7,20 +7,26 @@ own code.  What torchrun alone knows, a port in use, becomes the report of the f
 from __future__ import annotations
 
 import logging
+import os
 import sys
-
-import torch.distributed as dist
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-from coma_ds import comm, rank_report
 
 AGENT = "torch.distributed.elastic.agent.server.api"
 GOOD_END = "Error waiting on exit barrier"  # the node that holds the store has ended before this
+WORDS = "TORCH_CPP_LOG_LEVEL"  # on that end torch writes a trace of its C++
 
 
 def main(argv: list[str]) -> int:
     """The launcher's exit code, 2 where its port is taken."""
+    told = WORDS not in os.environ
+    os.environ.setdefault(WORDS, "ERROR")
+    import torch.distributed as dist
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from coma_ds import comm, rank_report
+
+    if told:
+        del os.environ[WORDS]  # the ranks have words of their own
     logging.getLogger(AGENT).addFilter(lambda record: not str(record.msg).startswith(GOOD_END))
     try:
         run.main(argv)

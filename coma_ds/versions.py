@@ -8,7 +8,7 @@ from importlib import metadata
 CPU = "cpu"
 PACKAGES = (
     "torch", "deepspeed", "transformers", "peft", "datasets", "triton", "flash-attn",
-    "flash-attn-4", "liger-kernel",
+    "flash-attn-4", "liger-kernel", "tokenizers", "numpy", "pillow", "torchvision", "pyarrow",
 )  # fmt: skip
 
 

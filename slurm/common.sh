@@ -85,7 +85,7 @@ fi
 if [[ ! ${COMA_MIN_FREE_GIB:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
     fail "COMA_MIN_FREE_GIB is '$COMA_MIN_FREE_GIB': expected a number of GiB"
 fi
-if [[ -n ${COMA_VENV:-} && -z ${COMA_CONTAINER:-} && ! -x $COMA_VENV/bin/python ]]; then
+if [[ -n ${COMA_VENV:-} && -z ${COMA_CONTAINER:-} && ${COMA_SRUN:-} != *--container-image* && ! -x $COMA_VENV/bin/python ]]; then
     fail "COMA_VENV is '$COMA_VENV': there is no bin/python in it"
 fi
 
@@ -112,6 +112,12 @@ if [[ $COMA_PYTHON == */* && $COMA_PYTHON != /* ]]; then COMA_PYTHON=$root/$COMA
 read -r -a python <<<"${COMA_CONTAINER:-}"
 python+=("$COMA_PYTHON" -P)
 COMA_PYTHON_COMMAND=$(printf '%q ' "${python[@]}")
+# the batch script's own calls: it runs outside of a container that srun would start
+here=("${python[@]}")
+if [[ ${COMA_SRUN:-} == *--container-image* ]]; then
+    # shellcheck disable=SC2206  # options, split into words
+    here=(srun --nodes=1 --ntasks=1 --overlap --quiet --mpi=none ${COMA_SRUN} "${python[@]}")
+fi
 # as -P, for all that is started below: else `-m` would look into the current folder first
 export COMA_PYTHON_COMMAND PYTHONSAFEPATH=1
 
@@ -204,8 +210,10 @@ fi
 
 # The code that runs is the package that Python finds, which may stand elsewhere.
 find_package() {
-    local find='import importlib.util as u; print(*u.find_spec("coma_ds").submodule_search_locations)'
-    package=$("${python[@]}" -c "$find") || fail "Python does not find coma_ds: install it" \
+    local find='import importlib.util as u, sys
+found = u.find_spec("coma_ds")
+print(*found.submodule_search_locations) if found else sys.exit(1)'
+    package=$("${here[@]}" -c "$find") || fail "Python does not find coma_ds: install it" \
         "there (pip install -e .), or give another one (COMA_PYTHON, COMA_VENV," \
         "COMA_CONTAINER): $COMA_PYTHON_COMMAND"
     if [[ ! $package -ef coma_ds ]]; then
@@ -268,7 +276,7 @@ on_usr1() {
     signals=$((signals + 1))
     ask_to_stop 'SLURM warns of the end (time limit or pre-emption)'
     if [[ -n $nothing_to_save ]]; then
-        if [[ -z $timer ]]; then end_step; fi
+        if [[ -z $timer ]]; then end_step || true; fi
         timer=none
     elif [[ -z $timer ]]; then
         local lead=$COMA_DS_LEAD_SECONDS left
@@ -292,7 +300,7 @@ hard_timer() { # a subshell: end the step, whatever hangs
     wait $!
     say "the ranks did not stop within $1 s: they are ended"
     { : >"$COMA_DS_RANK_REPORTS/timed-out"; } 2>/dev/null || true
-    end_step
+    end_step || true
 }
 end_step() {
     local step
@@ -364,12 +372,14 @@ finish() { # CODE MESSAGE: what the ranks' end means for the job
         exit 87
         ;;
     esac
+    # a signal to the steps alone ends an evaluation too
+    if [[ -n $nothing_to_save && -e $COMA_DS_CONTROL/stop ]]; then stopping=${stopping:-yes}; fi
     # what a rank said is lost above what launchers and srun say of a fault
     # (an evaluation that is asked to stop is killed by this script, which is no fault)
     if [[ -e $COMA_DS_RANK_REPORTS/timed-out ]]; then message=''; fi
     if [[ -n $message && $code != 85 && ! (-n $nothing_to_save && -n $stopping) ]]; then printf '\n%s\n' "$message" >&2; fi
     if [[ -n $ended ]]; then # requeued by SLURM itself, where it is
-        say "ended by SLURM at step $(published)"
+        say "ended by SLURM${nothing_to_save:- at step $(published)}"
         exit 143
     fi
     if [[ -n $stopping && $code != 2 ]]; then code=85; fi # ended in the end, as it was asked to
@@ -413,7 +423,7 @@ launch() { # ENTRY ARGUMENTS: the same on every node
     printf '%s slots='"$COMA_RANKS_PER_NODE"'\n' "${names[@]}" >"$COMA_DS_CONTROL/hostfile" ||
         fail "$COMA_DS_CONTROL cannot be written"
     run_step --job-name=ranks bash slurm/node.sh "$@" || true
-    message=$("${python[@]}" -m coma_ds.rank_report "$COMA_DS_RANK_REPORTS" \
+    message=$("${here[@]}" -m coma_ds.rank_report "$COMA_DS_RANK_REPORTS" \
         0 $((nodes * COMA_RANKS_PER_NODE)) "$COMA_RANKS_PER_NODE" "${names[@]}") || code=$?
     finish "$code" "$message"
 }
@@ -459,7 +469,7 @@ launch_train() { # DEFAULT_RECIPE [RECIPE] [KEY=VALUE ...]
     done
     recipe=${recipe:-$default}
     begin
-    "${python[@]}" -m coma_ds.commands.main config --recipe "$recipe" "${overrides[@]}" \
+    "${here[@]}" -m coma_ds.commands.main config --recipe "$recipe" "${overrides[@]}" \
         >"$COMA_DS_CONTROL/config.yaml" || exit 2
     preflight --recipe "$recipe" "${overrides[@]}"
     launch "$package/train.py" --recipe "$recipe" "${words[@]}"

@@ -39,6 +39,8 @@ on_signal() {
     # srun ends this node because of another one, or this is an evaluation: nothing is to be saved
     if [[ -e $failed || -n ${COMA_NOTHING_TO_SAVE:-} ]]; then
         doomed=yes
+        # the batch script may not have heard the signal
+        if [[ ! -e $failed ]]; then { : >"$COMA_DS_CONTROL/stop"; } 2>/dev/null || true; fi
         if [[ -n $pid ]]; then end_tree "$pid"; fi
         return 0
     fi

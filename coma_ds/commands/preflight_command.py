@@ -151,10 +151,11 @@ def look(
         everyone = gather(folder, place, mine, deadline - place.seconds / 3)
         if any(facts.problem for facts in everyone):
             return None
-        if place.number == 0:
-            compare(everyone)
-        check_seen(mark, place)
         try:
+            if place.number == 0:
+                compare(everyone)
+            if not sees(mark, place, folder):
+                return None
             devices = check_devices(place)
             took = all_reduce(place, deadline)
             check(config)
@@ -168,7 +169,8 @@ def look(
             mark.unlink(missing_ok=True)
     return (
         f"{len(place.names)} node(s), {place.ranks} rank(s) each on {devices}, all-reduce "
-        f"{1000 * took:.0f} ms, {free:.0f} GiB free at {config.output}, commit {mine.commit}"
+        f"{1000 * took:.0f} ms, {free:.{1 if free < 10 else 0}f} GiB free at {config.output}, "
+        f"commit {mine.commit}"
     )
 
 
@@ -232,15 +234,18 @@ def leave(folder: Path, place: Place, facts: Facts) -> None:
         ) from None
 
 
+def read_facts(folder: Path) -> dict[int, Facts]:
+    """What the nodes have left, by their numbers."""
+    return {int(p.stem): Facts(**json.loads(p.read_text())) for p in folder.glob("*.json")}
+
+
 def gather(folder: Path, place: Place, mine: Facts, deadline: float) -> list[Facts]:
     """The files of all nodes, in their order; at once when one of them has a problem.
 
     Raises ``ValueError`` at the deadline, with the nodes that did not come.
     """
     while True:
-        found: dict[int, Facts] = {}
-        for path in folder.glob("*.json"):
-            found[int(path.stem)] = Facts(**json.loads(path.read_text()))
+        found = read_facts(folder)
         missing = [n for i, n in enumerate(place.names) if i not in found]
         if not missing or any(facts.problem for facts in found.values()):
             return [found[number] for number in sorted(found)]
@@ -272,14 +277,20 @@ def compare(everyone: list[Facts]) -> None:
             )
 
 
-def check_seen(mark: Path, place: Place) -> None:
-    """Raise ``ValueError`` when the output of another node is not seen here."""
+def sees(mark: Path, place: Place, folder: Path) -> bool:
+    """True where the output of all nodes is seen here, False where one has a problem and left.
+
+    Raises ``ValueError`` when that of another node is not seen.
+    """
     for name in place.names:
         if not mark.with_name(f".preflight-{place.restart}-{name}").exists():
+            if any(facts.problem for facts in read_facts(folder).values()):
+                return False
             raise ValueError(
                 f"what {name} wrote to {mark.parent} is not seen here: output must be on a file "
                 "system that all nodes share"
             )
+    return True
 
 
 def check_devices(place: Place) -> str:
@@ -368,6 +379,11 @@ def all_reduce(place: Place, deadline: float) -> float:
 def record(place: Place, config: RunConfig, facts: Facts) -> None:
     """Leave versions and the DeepSpeed config in the job's folder, once a job."""
     (place.control / "versions.txt").write_text(f"{versions()}code {facts.code}\n")
+    from coma_ds.config import dump
+
+    resolved = place.control / "config.yaml"
+    if not resolved.exists():
+        resolved.write_text(dump(config))
     target = place.control / "ds_config.json"
     if not target.exists():
         from coma_ds.mechanics import deepspeed_config

@@ -137,7 +137,10 @@ class Replacements:
         self._kinds.append(each.kind)
         log.warning("%s; replaced by %s (%d so far)", each.reason, each.by, self.replaced)
         if len(self._kinds) == WARNINGS:
-            log.warning("further rows are replaced without a word (metric: replaced_rows)")
+            log.warning(
+                "further rows are replaced without a word (metric: replaced_rows; coma-ds prepare "
+                "lists them all)"
+            )
 
     def __str__(self) -> str:
         share = 100 * self.replaced / max(1, self.rows)

@@ -137,7 +137,7 @@ class JsonTable:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, too deep a nesting
             if isinstance(error, json.JSONDecodeError):  # its own line is that of the text here
-                error = f"{error.msg} at character {error.pos + 1}"
+                error = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
             raise ValueError(
                 f"{self.where(at)}: not valid JSON ({error}); each line must hold one JSON object"
             ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -61,7 +62,7 @@ source slurm/common.sh
 begin() { package=coma_ds; }
 preflight() { printf '[%s]' preflight "$@"; echo; }
 launch() { printf '[%s]' launch "$@"; echo; }
-python=(true)
+here=(true)
 launch_train demo-compress "$@"
 """
 
@@ -203,7 +204,7 @@ def test_the_end_of_a_nodes_part(tmp_path, evaluates):
     node.communicate(timeout=30)
     launched = (tmp_path / "ranks" / "failed").read_text().split()[-1]
     assert (node.returncode, launched) == (1, "137" if evaluates else "0")
-    assert (tmp_path / "stop").exists() != evaluates
+    assert (tmp_path / "stop").exists()  # the batch script may not have heard of it
 
 
 @pytest.mark.parametrize("seconds", ["0", "5"])
@@ -320,11 +321,14 @@ finish $2 ''
         ("", 87, True, [], 87),
         (" before its end", 1, True, ["the step is ended", "requeued: stopped before its end"], 0),
         (" before its end", 1, False, [], 1),
+        (" before its end", 1, "steps", ["requeued: stopped before its end"], 0),
     ],
 )
 def test_how_a_start_ends(job, evaluates, code, warned, said, ends):
-    """An evaluation has nothing to save: at the warning it ends at once, to come back whole."""
-    call = ["bash", "-c", END, "bash", evaluates, str(code), "on_usr1; on_usr1" if warned else ""]
+    """An evaluation has nothing to save: at the warning it ends at once, to come back whole; also
+    where only the steps have heard it."""
+    heard = {True: "on_usr1; on_usr1", "steps": ': >"$COMA_DS_CONTROL/stop"'}.get(warned, "")
+    call = ["bash", "-c", END, "bash", evaluates, str(code), heard]
     done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()) == (ends, said), done.stderr
 
@@ -337,6 +341,33 @@ def test_ranks_that_the_script_ended_are_not_called_killed_from_outside(job, tim
     done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
     assert done.stdout == "requeued: stopped at step 0\n"
     assert ("ended without a word" in done.stderr) != timed_out
+
+
+INSIDE = """#!/bin/bash
+while [[ $1 == --* ]]; do options+=" $1"; shift; done
+echo "$options" >>"$SEEN"
+PYTHONPATH=$PLACE exec "$@"
+"""
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_a_container_that_srun_starts_has_the_package(job, tmp_path, image):
+    """The batch script stands outside of it: its own calls of Python go through srun too."""
+    (tmp_path / "srun").write_text(INSIDE)
+    (tmp_path / "srun").chmod(0o755)
+    python = tmp_path / "bare" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    options = "--container-image=x.sqsh --container-mounts=/a" if image else "-l"
+    job |= {"COMA_SRUN": options, "COMA_PYTHON": str(python), "PLACE": str(ROOT)}
+    job["SEEN"] = str(tmp_path / "seen")
+    call = ["bash", "-c", "source slurm/common.sh; find_package; echo $package"]
+    done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
+    if not image:
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "Python does not find coma_ds: install it there" in done.stderr
+        return
+    assert (done.returncode, done.stdout) == (0, f"{ROOT}/coma_ds\n"), done.stderr
+    assert (tmp_path / "seen").read_text().endswith(f" --overlap --quiet --mpi=none {options}\n")
 
 
 def test_launchers_do_not_look_into_the_current_folder(job):

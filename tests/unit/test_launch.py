@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coma_ds import rank_report
+from coma_ds import entry, rank_report
 from coma_ds.commands import train_command
 from coma_ds.commands.main import run
 from coma_ds.rank_report import RankReport
@@ -187,6 +187,51 @@ class TestTrain:
         assert done.returncode == report.code == 1
         assert report.message == "error on rank 0: RuntimeError: boom"
         assert done.stderr.endswith(f"{report.message}\n")
+
+
+UNREAD = """
+import multiprocessing, signal, time
+from coma_ds.entry import entry_point
+
+def work():
+    time.sleep(600)
+
+def main(argv):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as below a batch script
+    multiprocessing.get_context("fork").Process(target=work, daemon=True).start()
+    print("a step", flush=True)
+
+entry_point(main, [])
+"""
+
+
+def test_a_rank_that_nobody_reads_ends_and_says_how(tmp_path):
+    """slurmstepd was killed, say: no output can be written, and a worker hears no TERM."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = {rank_report.FOLDER: str(tmp_path), "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", UNREAD], env=os.environ | told, stdout=writer, stderr=writer,
+        timeout=60,
+    )  # fmt: skip
+    os.close(writer)
+    (report,) = rank_report.read_reports(tmp_path)
+    assert done.returncode == report.code == 1
+    assert report.message == "error on rank 0: BrokenPipeError: [Errno 32] Broken pipe"
+
+
+def test_a_rank_that_waits_in_vain_says_that_another_one_hangs():
+    said = "[../gloo/unbound_buffer.cc:83] Timed out waiting 1800000ms for recv to complete"
+    assert entry.no_answer(RuntimeError(said)).startswith(
+        "another rank gave no answer in time, so it or its node hangs (Timed out waiting 1800000ms"
+    )
+    assert not entry.no_answer(RuntimeError("CUDA error")) + entry.no_answer(OSError(said))
+
+
+def test_a_worker_that_the_launcher_ended_had_enough_memory():
+    told = "DataLoader worker (pid 7) is killed by signal: Terminated. "
+    assert "memory" not in entry.killed_worker(RuntimeError(told))
+    assert "memory was full" in entry.killed_worker(RuntimeError(told.replace("Termin", "K")))
 
 
 FAILS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,6 +177,32 @@ def test_a_resumed_run_writes_its_steps_anew(tmp_path) -> None:
     found = [(p.step, p.value) for p in board.Scalars("train/loss")]
     assert found == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
     assert "eval/All" not in board.Tags()["scalars"] or not board.Scalars("eval/All")
+
+
+@pytest.mark.parametrize("behind", [0, 3600])
+def test_a_clock_that_is_behind_at_a_restart(tmp_path, monkeypatch, behind) -> None:
+    """TensorBoard reads files by their names, which the time makes: the newer one comes last."""
+    first = monitor(tmp_path)
+    for step in range(1, 5):
+        first.scalars(step, {"loss": 1.0})
+    first.close()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - behind)
+    for start in range(2):
+        again = monitor(tmp_path, resume_step=3 + start)
+        for step in range(3 + start, 7):
+            again.scalars(step, {"loss": 2.0 + start})
+        again.close()
+    points = [(p.step, p.value) for p in written(tmp_path).Scalars("train/loss")]
+    assert points == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, 3.0), (6, 3.0)]
+
+
+def test_a_folder_that_is_gone_ends_nothing(tmp_path, caplog) -> None:
+    watch = monitor(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    watch.scalars(1, {"loss": 1.0})
+    watch.close()
+    assert "from step 1 on tensorboard/ is not written" in caplog.text
 
 
 def test_a_new_run_keeps_nothing_of_an_old_one(tmp_path) -> None:

@@ -149,9 +149,12 @@ def test_output_that_cannot_be_written_or_is_full(tmp_path):
 def test_output_that_another_node_has_for_itself(tmp_path, place):
     (tmp_path / ".preflight-0-node1").write_text("")
     with pytest.raises(ValueError, match=r"what node2 wrote to .* is not seen here"):
-        preflight.check_seen(tmp_path / ".preflight-0-node1", place)
+        preflight.sees(tmp_path / ".preflight-0-node1", place, tmp_path)
+    facts = Facts("node2", "", "", problem="runs other code")  # and has ended
+    preflight.leave(tmp_path, replace(place, number=1), facts)
+    assert not preflight.sees(tmp_path / ".preflight-0-node1", place, tmp_path)
     (tmp_path / ".preflight-0-node2").write_text("")
-    preflight.check_seen(tmp_path / ".preflight-0-node1", place)
+    assert preflight.sees(tmp_path / ".preflight-0-node1", place, tmp_path)
 
 
 def test_fewer_gpus_than_ranks(place, monkeypatch):

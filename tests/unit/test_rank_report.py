@@ -56,6 +56,16 @@ def test_silent_ranks_are_named_with_their_nodes():
     assert outcome([], range(8)) == (1, nobody)
 
 
+def test_a_rank_that_hangs_is_named_by_what_it_did_not_say():
+    waited = "error on rank 0: another rank gave no answer in time, so it or its node hangs"
+    found = reports(1, None, None, None, messages={0: waited})
+    code, said = outcome(found, range(4), NODES)
+    named = "rank 1 on node1, rank 2 on node2, rank 3 on node2"
+    assert (code, said) == (1, f"{waited}; ended without a word: {named}")
+    found = reports(1, None, messages={0: "error: another fault"})
+    assert outcome(found, range(2)) == (1, "error: another fault")
+
+
 def test_the_ranks_of_one_node(tmp_path, monkeypatch):
     """As slurm/node.sh asks, and as the batch script does."""
     monkeypatch.setenv(rank_report.FOLDER, str(tmp_path))

@@ -227,7 +227,8 @@ class TestCounter:
         count(counter, *(bad(number, f"kind {number}") for number in range(30)))
         assert len([line for line in caplog.messages if "so far" in line]) == WARNINGS == 10
         assert caplog.messages[-1] == (
-            "further rows are replaced without a word (metric: replaced_rows)"
+            "further rows are replaced without a word (metric: replaced_rows; coma-ds prepare "
+            "lists them all)"
         )
 
     @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ COUNTED = {
     "optim.batch_size=24": "optim.batch_size: 8 -> 24",
     "optim.steps=9": "optim.steps: 6 -> 9",
     "optim.clip=0.25": "optim.clip: 1.0 -> 0.25",
-    "precision=fp32": "precision: bf16 -> fp32",
+    "precision=autocast": "precision: fp32 -> autocast",
     "data.limit=4": "data.limit: None -> 4",
     "data.sub_batch=2": "data.sub_batch: 0 -> 2",
     "match.temperature=0.5": "match.temperature: 0.25 -> 0.5",
@@ -223,7 +223,7 @@ OF_MODEL = {
     "optim.kind=sgd": "optim.kind: adamw -> sgd",
 }
 START = [
-    "seed=0", "precision=bf16", "optim.lr=1.0", "optim.batch_size=8", "optim.steps=6",
+    "seed=0", "precision=fp32", "optim.lr=1.0", "optim.batch_size=8", "optim.steps=6",
     "optim.clip=1.0", "optim.kind=adamw", "data.limit=null", "data.sub_batch=0",
     "match.temperature=0.25", "model.compression_tokens=4", "model.adapter=lora",
     "model.lora.rank=2", "model.pooling=mean", "model.train_vision=false", "data.workers=0",
@@ -265,6 +265,17 @@ class TestTheSameRun:
         )
         named = again(checkpoint, override, f"checkpoint.resume={checkpoint}")
         assert check_same(named, checkpoint, 3) == [line]
+
+    def test_weights_of_other_bits(self, checkpoint):
+        """DeepSpeed has other files for them; also where the checkpoint is named."""
+        for more in ([], [f"checkpoint.resume={checkpoint}"]):
+            with pytest.raises(ValueError) as caught:
+                check_same(again(checkpoint, "precision=bf16", *more), checkpoint, 3)
+            assert str(caught.value) == (
+                f"{checkpoint} was made with another precision: fp32 -> bf16, and DeepSpeed cannot "
+                "go on between weights of 16 and of 32 bits: give the same one, or start over with "
+                "checkpoint.resume=none"
+            )
 
     def test_several_differences_are_sorted_and_a_long_list_is_cut_short(self, checkpoint):
         config = again(checkpoint, *COUNTED)
