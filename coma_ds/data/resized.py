@@ -36,7 +36,7 @@ def made_for(folder: Path) -> int | None:
     """
     try:
         return int(json.loads((folder / MADE_FOR).read_text())["pixels"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

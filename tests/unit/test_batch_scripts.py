@@ -359,7 +359,7 @@ def test_a_container_that_srun_starts_has_the_package(job, tmp_path, image):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     options = "--container-image=x.sqsh --container-mounts=/a" if image else "-l"
     job |= {"COMA_SRUN": options, "COMA_PYTHON": str(python), "PLACE": str(ROOT)}
-    job["SEEN"] = str(tmp_path / "seen")
+    job |= {"SEEN": str(tmp_path / "seen"), "PYTHONPATH": ""}
     call = ["bash", "-c", "source slurm/common.sh; find_package; echo $package"]
     done = subprocess.run(call, cwd=ROOT, env=job, capture_output=True, text=True)
     if not image:
